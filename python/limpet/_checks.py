@@ -1,0 +1,76 @@
+"""Validators: an argument's name goes in, a clear error with the value got comes out.
+
+Every public function validates here, once, before any state changes; nothing below (ops, kernels) checks again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: Any) -> str:
+    """Say what was got: a tensor as dtype, shape and device; anything else as its type and repr."""
+    if isinstance(value, Tensor):
+        return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+def tensor(name: str, value: Any) -> Tensor:
+    """Require a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {describe(value)}")
+    return value
+
+
+def float_tensor(name: str, value: Any) -> Tensor:
+    """Require a tensor of float32, float64, bfloat16 or float16."""
+    if tensor(name, value).dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {describe(value)}")
+    return value
+
+
+def tensor_list(name: str, value: Any) -> list[Tensor]:
+    """Require a list or tuple of floating tensors."""
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a list or tuple of tensors, got {describe(value)}")
+    return [float_tensor(f"{name}[{i}]", t) for i, t in enumerate(value)]
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """Require that two tensors share a device."""
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on {other.device} as {other_name} is, got {describe(value)}")
+
+
+def finite_number(name: str, value: Any, *, minimum: float = -math.inf) -> float:
+    """Require a finite real number, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {describe(value)}")
+    if not math.isfinite(value) or value < minimum:
+        bound = "finite" if minimum == -math.inf else f"finite and at least {minimum:g}"
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+    return float(value)
+
+
+def integer(name: str, value: Any, *, minimum: int) -> int:
+    """Require an integer, at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """Require one of a few strings."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
+    return str(value)

@@ -1,0 +1,330 @@
+"""Fisher family: sums over samples of squared per-sample gradients that are never materialised.
+
+Each function takes ``into``, a tensor of the result's shape to which the sum is *added* in place; a running sum over
+batches then costs no second buffer. Without it the result is a new tensor, float32 (float64 for float64 inputs).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limpet import _checks, reference
+from limpet.ops._library import define
+
+# --- schemas, reference backend, fakes -------------------------------------------------------------------------------
+
+
+def _adds_into(compute: Any) -> Any:
+    """The in-place form of a reference function: the result is added to the first argument."""
+
+    def default(total: Tensor, *args: Any) -> None:
+        total += compute(*args)
+
+    return default
+
+
+def _fake(*args: Any) -> None:
+    return None
+
+
+for _schema, _reference in (
+    ("linear_(Tensor(a!) total, Tensor output_grad, Tensor input)", reference.sum_grad_squared_linear),
+    (
+        "conv_(Tensor(a!) total, Tensor output_grad, Tensor input, int[] kernel_size, int[] stride, int[] padding, "
+        "int[] dilation, int groups)",
+        reference.sum_grad_squared_conv,
+    ),
+    ("bias_(Tensor(a!) total, Tensor output_grad)", reference.sum_grad_squared_bias),
+    ("scale_(Tensor(a!) total, Tensor output_grad, Tensor input)", reference.sum_grad_squared_scale),
+):
+    define(f"sum_grad_squared_{_schema} -> ()", default=_adds_into(_reference), fake=_fake)
+
+
+def _embedding_default(total: Tensor, output_grad: Tensor, indices: Tensor, padding_idx: int) -> None:
+    total += reference.sum_grad_squared_embedding(output_grad, indices, total.shape[0], padding_idx)
+
+
+define(
+    "sum_grad_squared_embedding_(Tensor(a!) total, Tensor output_grad, Tensor indices, int padding_idx) -> ()",
+    default=_embedding_default,
+    fake=_fake,
+)
+
+_linear = torch.ops.limpet.sum_grad_squared_linear_.default
+_conv = torch.ops.limpet.sum_grad_squared_conv_.default
+_bias = torch.ops.limpet.sum_grad_squared_bias_.default
+_scale = torch.ops.limpet.sum_grad_squared_scale_.default
+_embedding = torch.ops.limpet.sum_grad_squared_embedding_.default
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def _pair(output_grad: Any, input: Any) -> tuple[Tensor, Tensor]:
+    d, x = _checks.float_tensor("output_grad", output_grad), _checks.float_tensor("input", input)
+    if d.dtype != x.dtype:
+        raise TypeError(f"input must have output_grad's dtype {d.dtype}, got {x.dtype}")
+    _checks.same_device("input", x, "output_grad", d)
+    return d, x
+
+
+def _total(into: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+    """The tensor to add to: ``into`` once checked, or zeros."""
+    dtype = reference.wide(like.dtype)
+    if into is None:
+        return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
+    _checks.tensor("into", into)
+    if tuple(into.shape) != tuple(shape) or into.dtype != dtype or not into.is_contiguous():
+        raise ValueError(
+            f"into must be a contiguous {dtype} tensor of shape {list(shape)}, got {_checks.describe(into)}"
+        )
+    _checks.same_device("into", into, "output_grad", like)
+    return into
+
+
+def _channels_last_or_first(name: str, value: Tensor, channel_dim: int) -> Tensor:  # -> [N, A, C, B]
+    if value.dim() < 2:
+        raise ValueError(f"{name} must have at least 2 dimensions, got {_checks.describe(value)}")
+    if channel_dim == -1 or channel_dim == value.dim() - 1:
+        return value.reshape(value.shape[0], _product(value.shape[1:-1]), value.shape[-1], 1)
+    if channel_dim == 1:
+        return value.reshape(value.shape[0], 1, value.shape[1], _product(value.shape[2:]))
+    raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim!r}")
+
+
+def _product(sizes: Sequence[int]) -> int:
+    result = 1
+    for size in sizes:
+        result *= size
+    return result
+
+
+def _spatial(name: str, value: Any, dims: int, minimum: int) -> list[int]:
+    values = [value] * dims if isinstance(value, int) else list(value)
+    if len(values) != dims:
+        raise ValueError(f"{name} must be one integer or {dims}, got {value!r}")
+    return [_checks.integer(name, v, minimum=minimum) for v in values]
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def sum_grad_squared_linear(
+    output_grad: Tensor,  # [N, *, O]
+    input: Tensor,  # [N, *, I]
+    *,
+    into: Tensor | None = None,  # [O, I]
+) -> Tensor:  # [O, I]
+    """Sum over samples of the squared weight gradient of ``y = x W^T``.
+
+    .. math:: S = \\sum_n \\Big(\\sum_t d_{n,t} a_{n,t}^\\top\\Big)^2
+
+    where ``d`` is the gradient of the summed per-sample losses at ``y`` and ``a`` the input; the square is taken
+    element by element (the empirical Fisher's diagonal, Kunstner et al. 2019, eq. 3).
+
+    Args:
+        output_grad: ``[N, *, O]``, float32, float64, bfloat16 or float16; any strides. ``*`` may be empty.
+        input: ``[N, *, I]`` with the same leading dimensions, dtype and device.
+        into: ``[O, I]``, contiguous; the sum is added to it. Narrow inputs are summed in float32.
+
+    Returns:
+        ``[O, I]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ.
+        ValueError: shapes or devices differ.
+
+    >>> d = torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+    >>> a = torch.tensor([[1.0], [2.0]])
+    >>> sum_grad_squared_linear(d, a)
+    tensor([[37.],
+            [ 4.]])
+    """
+    d, a = _pair(output_grad, input)
+    if d.dim() < 2 or d.shape[:-1] != a.shape[:-1]:
+        raise ValueError(
+            f"output_grad [N, *, O] and input [N, *, I] must share their leading dimensions, "
+            f"got {list(d.shape)} and {list(a.shape)}"
+        )
+    total = _total(into, (d.shape[-1], a.shape[-1]), d)
+    places = _product(d.shape[1:-1])
+    _linear(total, d.reshape(d.shape[0], places, d.shape[-1]), a.reshape(a.shape[0], places, a.shape[-1]))
+    return total
+
+
+def sum_grad_squared_conv(
+    output_grad: Tensor,  # [N, O, *spatial_out]
+    input: Tensor,  # [N, C, *spatial_in]
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+    *,
+    into: Tensor | None = None,  # [O, C / groups, *kernel_size]
+) -> Tensor:  # [O, C / groups, *kernel_size]
+    """Sum over samples of the squared weight gradient of a convolution in 1, 2 or 3 dimensions.
+
+    The contraction of :func:`sum_grad_squared_linear` with the input's patches as ``a`` and the output's pixels as
+    ``t``; patches are read in place, never unfolded. A transposed convolution is the same sum with the two tensors
+    exchanged: its input as ``output_grad``, its output's gradient as ``input``.
+
+    Args:
+        output_grad: ``[N, O, *spatial_out]``, any strides (channels-last too).
+        input: ``[N, C, *spatial_in]``, same dtype and device.
+        kernel_size: one integer, or one per spatial dimension; so are ``stride``, ``padding`` and ``dilation``.
+        stride: step of the window.
+        padding: zeros on both sides.
+        dilation: step between the window's places.
+        groups: groups of channels that do not mix; divides ``O`` and ``C``.
+        into: ``[O, C / groups, *kernel_size]``, contiguous; the sum is added to it.
+
+    Returns:
+        ``[O, C / groups, *kernel_size]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ.
+        ValueError: shapes, devices or the geometry do not fit each other.
+
+    >>> sum_grad_squared_conv(torch.ones(2, 1, 2), torch.tensor([[[1.0, 2.0, 3.0]], [[1.0, 0.0, 0.0]]]), 2)
+    tensor([[[10., 25.]]])
+    """
+    d, x = _pair(output_grad, input)
+    dims = d.dim() - 2
+    if dims not in (1, 2, 3) or x.dim() != d.dim() or x.shape[0] != d.shape[0]:
+        raise ValueError(
+            f"output_grad [N, O, *] and input [N, C, *] must share N and have 1 to 3 spatial dimensions, "
+            f"got {list(d.shape)} and {list(x.shape)}"
+        )
+    kernel = _spatial("kernel_size", kernel_size, dims, 1)
+    steps = _spatial("stride", stride, dims, 1)
+    pads = _spatial("padding", padding, dims, 0)
+    dilations = _spatial("dilation", dilation, dims, 1)
+    _checks.integer("groups", groups, minimum=1)
+    if d.shape[1] % groups or x.shape[1] % groups:
+        raise ValueError(f"groups must divide the channels {d.shape[1]} and {x.shape[1]}, got {groups}")
+    for i in range(dims):
+        reach = (d.shape[2 + i] - 1) * steps[i] + (kernel[i] - 1) * dilations[i] + 1
+        if d.shape[2 + i] > 0 and reach > x.shape[2 + i] + 2 * pads[i]:
+            raise ValueError(
+                f"output_grad's spatial size {d.shape[2 + i]} needs {reach} padded input places in dimension {i}, "
+                f"got {x.shape[2 + i]} and padding {pads[i]}"
+            )
+    total = _total(into, (d.shape[1], x.shape[1] // groups, *kernel), d)
+    _conv(total, d, x, kernel, steps, pads, dilations, groups)
+    return total
+
+
+def sum_grad_squared_bias(
+    output_grad: Tensor,  # [N, *, C] or [N, C, *]
+    *,
+    channel_dim: int = -1,
+    into: Tensor | None = None,  # [C]
+) -> Tensor:  # [C]
+    """Sum over samples of the squared gradient of a bias: ``sum_n (sum_t d[n,t,:])^2``.
+
+    Args:
+        output_grad: ``[N, *, C]`` with ``channel_dim=-1`` (linear layers), ``[N, C, *]`` with 1 (convolutions).
+        channel_dim: where the bias's dimension is: 1 or -1.
+        into: ``[C]``; the sum is added to it.
+
+    Returns:
+        ``[C]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is no floating tensor.
+        ValueError: shapes do not fit.
+
+    >>> sum_grad_squared_bias(torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]]))
+    tensor([18.])
+    """
+    d = _channels_last_or_first("output_grad", _checks.float_tensor("output_grad", output_grad), channel_dim)
+    total = _total(into, (d.shape[2],), d)
+    _bias(total, d)
+    return total
+
+
+def sum_grad_squared_scale(
+    output_grad: Tensor,  # [N, *, C] or [N, C, *]
+    input: Tensor,  # the same shape
+    *,
+    channel_dim: int = -1,
+    into: Tensor | None = None,  # [C]
+) -> Tensor:  # [C]
+    """Sum over samples of the squared gradient of a factor ``y = x * w``: ``sum_n (sum_t d[n,t,:] x[n,t,:])^2``.
+
+    For a normalisation layer ``input`` is the normalised activation; for PReLU it is ``min(x, 0)``.
+
+    Args:
+        output_grad: ``[N, *, C]`` with ``channel_dim=-1``, ``[N, C, *]`` with 1.
+        input: what the factor multiplies: the same shape, dtype and device.
+        channel_dim: where the factor's dimension is: 1 or -1.
+        into: ``[C]``; the sum is added to it.
+
+    Returns:
+        ``[C]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ.
+        ValueError: shapes or devices differ.
+
+    >>> sum_grad_squared_scale(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]))
+    tensor([9., 1.])
+    """
+    d, x = _pair(output_grad, input)
+    if d.shape != x.shape:
+        raise ValueError(f"input must have output_grad's shape {list(d.shape)}, got {list(x.shape)}")
+    d = _channels_last_or_first("output_grad", d, channel_dim)
+    total = _total(into, (d.shape[2],), d)
+    _scale(total, d, _channels_last_or_first("input", x, channel_dim))
+    return total
+
+
+def sum_grad_squared_embedding(
+    output_grad: Tensor,  # [N, *, E]
+    indices: Tensor,  # [N, *], int64
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    into: Tensor | None = None,  # [num_embeddings, E]
+) -> Tensor:  # [num_embeddings, E]
+    """Sum over samples of the squared gradient of a table of rows: equal indices are summed per sample first.
+
+    .. math:: S_v = \\sum_n \\Big(\\sum_{t: \\mathrm{indices}_{n,t} = v} d_{n,t}\\Big)^2
+
+    Args:
+        output_grad: ``[N, *, E]``.
+        indices: ``[N, *]``, int64 or int32, each at least 0 and below ``num_embeddings``.
+        num_embeddings: rows of the table.
+        padding_idx: a row that gets no gradient.
+        into: ``[num_embeddings, E]``, contiguous; the sum is added to it.
+
+    Returns:
+        ``[num_embeddings, E]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: ``output_grad`` is no floating tensor or ``indices`` no integer tensor.
+        ValueError: shapes or devices differ.
+
+    >>> d = torch.tensor([[[1.0], [2.0], [5.0]]])
+    >>> sum_grad_squared_embedding(d, torch.tensor([[0, 0, 2]]), 3)
+    tensor([[ 9.],
+            [ 0.],
+            [25.]])
+    """
+    d = _checks.float_tensor("output_grad", output_grad)
+    if _checks.tensor("indices", indices).dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"indices must be an int64 or int32 tensor, got {_checks.describe(indices)}")
+    if d.dim() < 2 or d.shape[:-1] != indices.shape:
+        raise ValueError(f"indices must have shape {list(d.shape[:-1])}, got {list(indices.shape)}")
+    _checks.same_device("indices", indices, "output_grad", d)
+    _checks.integer("num_embeddings", num_embeddings, minimum=1)
+    row = -1 if padding_idx is None else _checks.integer("padding_idx", padding_idx, minimum=0)
+    total = _total(into, (num_embeddings, d.shape[-1]), d)
+    places = _product(d.shape[1:-1])
+    _embedding(total, d.reshape(d.shape[0], places, d.shape[-1]), indices.reshape(d.shape[0], places).long(), row)
+    return total

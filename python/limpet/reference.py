@@ -1,0 +1,143 @@
+"""The specification: every op in plain torch, with the signature it has in :mod:`limpet.ops`.
+
+Tests compare the kernels with these functions in float64, the benches time them beside the kernels, and devices for
+which there is no kernel run them. They are written to be read, not to be fast. ``N`` counts samples, ``T`` the places
+where a sample uses a weight (tokens, pixels), ``O`` and ``I`` are a weight's rows and columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which results are given: float64 for float64, float32 for everything narrower."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# --- quadratic -------------------------------------------------------------------------------------------------------
+
+
+def quadratic_penalty(
+    params: Sequence[Tensor],  # [*] each
+    anchors: Sequence[Tensor],  # [*] each
+    importances: Sequence[Tensor],  # [*] each
+    strength: float,
+) -> Tensor:  # []
+    """``strength / 2 * sum_i F_i (theta_i - anchor_i)^2`` (Kirkpatrick et al. 2017, eq. 3), summed in float64."""
+    if not params:
+        return torch.zeros((), dtype=torch.float32)
+    value = torch.zeros((), dtype=torch.float64, device=params[0].device)
+    for theta, anchor, importance in zip(params, anchors, importances, strict=True):
+        dtype = wide(theta.dtype)
+        difference = theta.to(dtype) - anchor.to(dtype)
+        value = value + (importance.to(dtype) * difference.square()).sum(dtype=torch.float64)
+    return (0.5 * strength * value).to(wide(params[0].dtype))
+
+
+def quadratic_penalty_grad(
+    params: Sequence[Tensor],  # [*] each
+    anchors: Sequence[Tensor],  # [*] each
+    importances: Sequence[Tensor],  # [*] each
+    strength: float,
+    scale: Tensor,  # []
+) -> list[Tensor]:  # [*] each
+    """The penalty's gradient ``scale * strength * F_i (theta_i - anchor_i)``, in each parameter's dtype."""
+    grads = []
+    for theta, anchor, importance in zip(params, anchors, importances, strict=True):
+        dtype = wide(theta.dtype)
+        difference = theta.to(dtype) - anchor.to(dtype)
+        grads.append((scale.to(dtype) * strength * importance.to(dtype) * difference).to(theta.dtype))
+    return grads
+
+
+def add_quadratic_penalty_grad_(
+    params: Sequence[Tensor],  # [*] each
+    grads: Sequence[Tensor],  # [*] each, added to in place
+    anchors: Sequence[Tensor],  # [*] each
+    importances: Sequence[Tensor],  # [*] each
+    strength: float,
+) -> Tensor:  # []
+    """Add the penalty's gradient to ``grads`` and return the penalty."""
+    for theta, grad, anchor, importance in zip(params, grads, anchors, importances, strict=True):
+        dtype = wide(theta.dtype)
+        difference = theta.to(dtype) - anchor.to(dtype)
+        grad.copy_(grad.to(dtype) + strength * importance.to(dtype) * difference)
+    return quadratic_penalty(params, anchors, importances, strength)
+
+
+# --- fisher ----------------------------------------------------------------------------------------------------------
+
+
+def sum_grad_squared_linear(
+    output_grad: Tensor,  # [N, *, O]
+    input: Tensor,  # [N, *, I]
+) -> Tensor:  # [O, I]
+    """``sum_n (sum_t d[n,t,:] a[n,t,:]^T)^2`` for a weight used as ``y = x W^T``."""
+    samples, rows, columns = output_grad.shape[0], output_grad.shape[-1], input.shape[-1]
+    dtype = wide(output_grad.dtype)
+    total = output_grad.new_zeros((rows, columns), dtype=dtype)
+    for n in range(samples):
+        d = output_grad[n].reshape(-1, rows).to(dtype)
+        a = input[n].reshape(-1, columns).to(dtype)
+        total += (d.T @ a).square()
+    return total
+
+
+def sum_grad_squared_conv(
+    output_grad: Tensor,  # [N, O, *spatial_out]
+    input: Tensor,  # [N, C, *spatial_in]
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:  # [O, C / groups, *kernel_size]
+    """The sum over samples of the squared weight gradient of a convolution in 1, 2 or 3 dimensions."""
+    dtype = wide(output_grad.dtype)
+    shape = (output_grad.shape[1], input.shape[1] // groups, *kernel_size)
+    total = output_grad.new_zeros(shape, dtype=dtype)
+    if output_grad.numel() == 0 or total.numel() == 0:
+        return total
+    for n in range(output_grad.shape[0]):
+        d, x = output_grad[n : n + 1].to(dtype), input[n : n + 1].to(dtype)
+        grad = torch.ops.aten.convolution_backward(
+            d, x, total, None, stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
+        )[1]
+        total += grad.square()
+    return total
+
+
+def sum_grad_squared_bias(
+    output_grad: Tensor,  # [N, A, C, B]
+) -> Tensor:  # [C]
+    """``sum_n (sum_{a,b} d[n,a,:,b])^2`` for a bias added along the third dimension."""
+    return output_grad.to(wide(output_grad.dtype)).sum(dim=(1, 3)).square().sum(dim=0)
+
+
+def sum_grad_squared_scale(
+    output_grad: Tensor,  # [N, A, C, B]
+    input: Tensor,  # [N, A, C, B]
+) -> Tensor:  # [C]
+    """``sum_n (sum_{a,b} d[n,a,:,b] x[n,a,:,b])^2`` for a factor multiplied along the third dimension."""
+    dtype = wide(output_grad.dtype)
+    return (output_grad.to(dtype) * input.to(dtype)).sum(dim=(1, 3)).square().sum(dim=0)
+
+
+def sum_grad_squared_embedding(
+    output_grad: Tensor,  # [N, T, E]
+    indices: Tensor,  # [N, T], int64
+    num_embeddings: int,
+    padding_idx: int = -1,
+) -> Tensor:  # [num_embeddings, E]
+    """``sum_n (sum_{t: indices[n,t] = v} d[n,t,:])^2`` for each row ``v``; zero for ``padding_idx``."""
+    dtype = wide(output_grad.dtype)
+    total = output_grad.new_zeros((num_embeddings, output_grad.shape[-1]), dtype=dtype)
+    for n in range(output_grad.shape[0]):
+        total += torch.zeros_like(total).index_add_(0, indices[n], output_grad[n].to(dtype)).square()
+    if padding_idx >= 0:
+        total[padding_idx] = 0
+    return total
