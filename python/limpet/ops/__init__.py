@@ -7,8 +7,11 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
 
 __all__ = [
+    "add_quadratic_penalty_grad_",
+    "quadratic_penalty",
     "sum_grad_squared_bias",
     "sum_grad_squared_conv",
     "sum_grad_squared_embedding",

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limpet import _checks, reference
-from limpet.ops._library import define
+from limpet import _checks, _core, _launch, reference
+from limpet.ops._library import LIBRARY, define
 
 # --- schemas, reference backend, fakes -------------------------------------------------------------------------------
 
@@ -59,6 +59,110 @@ _conv = torch.ops.limpet.sum_grad_squared_conv_.default
 _bias = torch.ops.limpet.sum_grad_squared_bias_.default
 _scale = torch.ops.limpet.sum_grad_squared_scale_.default
 _embedding = torch.ops.limpet.sum_grad_squared_embedding_.default
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+
+def _linear_cpu(total: Tensor, output_grad: Tensor, input: Tensor) -> None:
+    samples, places, rows = output_grad.shape
+    sizes = (samples, places, rows, input.shape[2])
+    dtype, threads = _launch.DTYPE_CODES[output_grad.dtype], _launch.threads()
+    workspace = _launch.workspace(_core.linear_workspace(sizes, dtype, threads), total.device)
+    _core.sum_grad_squared_linear(
+        total.data_ptr(),
+        output_grad.data_ptr(),
+        input.data_ptr(),
+        sizes,
+        output_grad.stride(),
+        input.stride(),
+        dtype,
+        workspace.data_ptr(),
+        threads,
+    )
+
+
+def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
+    """Sizes of 1, 2 or 3 spatial dimensions as those of three."""
+    return (fill,) * (3 - len(values)) + tuple(values)
+
+
+def _conv_cpu(
+    total: Tensor,
+    output_grad: Tensor,
+    input: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> None:
+    if output_grad.numel() == 0 or total.numel() == 0:
+        return
+    geometry = (
+        (output_grad.shape[0], output_grad.shape[1], input.shape[1], groups),
+        _three(output_grad.shape[2:], 1),
+        _three(input.shape[2:], 1),
+        _three(kernel_size, 1),
+        _three(stride, 1),
+        _three(padding, 0),
+        _three(dilation, 1),
+    )
+    dtype, threads = _launch.DTYPE_CODES[output_grad.dtype], _launch.threads()
+    workspace = _launch.workspace(_core.conv_workspace(*geometry, dtype, threads), total.device)
+    _core.sum_grad_squared_conv(
+        total.data_ptr(),
+        output_grad.data_ptr(),
+        input.data_ptr(),
+        *geometry,
+        (*output_grad.stride()[:2], *_three(output_grad.stride()[2:], 0)),
+        (*input.stride()[:2], *_three(input.stride()[2:], 0)),
+        dtype,
+        workspace.data_ptr(),
+        threads,
+    )
+
+
+def _scale_cpu(total: Tensor, output_grad: Tensor, input: Tensor | None = None) -> None:
+    _core.sum_grad_squared_channel(
+        total.data_ptr(),
+        output_grad.data_ptr(),
+        0 if input is None else input.data_ptr(),
+        output_grad.shape,
+        output_grad.stride(),
+        (0, 0, 0, 0) if input is None else input.stride(),
+        _launch.DTYPE_CODES[output_grad.dtype],
+        _launch.threads(),
+    )
+
+
+def _embedding_cpu(total: Tensor, output_grad: Tensor, indices: Tensor, padding_idx: int) -> None:
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < total.shape[0]:
+        raise ValueError(
+            f"indices must be at least 0 and below {total.shape[0]}, "
+            f"got {int(indices.min())} to {int(indices.max())}"
+        )
+    indices = indices.contiguous()
+    _core.sum_grad_squared_embedding(
+        total.data_ptr(),
+        output_grad.data_ptr(),
+        indices.data_ptr(),
+        (*output_grad.shape[:2], *total.shape),
+        padding_idx,
+        output_grad.stride(),
+        _launch.DTYPE_CODES[output_grad.dtype],
+        _launch.threads(),
+    )
+
+
+for _name, _kernel in (
+    ("linear", _linear_cpu),
+    ("conv", _conv_cpu),
+    ("bias", _scale_cpu),
+    ("scale", _scale_cpu),
+    ("embedding", _embedding_cpu),
+):
+    LIBRARY.impl(f"sum_grad_squared_{_name}_", _kernel, "CPU")
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

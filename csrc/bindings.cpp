@@ -1,0 +1,201 @@
+// The Python module limpet._core: the only file that knows Python. Pointers, sizes and strides come in as integers
+// (limpet._launch makes them from tensors); the GIL is released while a kernel runs.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <vector>
+
+#include "check.h"
+#include "cpu/isa.h"
+
+namespace py = pybind11;
+using namespace limpet;
+
+namespace {
+
+using Address = std::uintptr_t;
+using Sizes = std::vector<std::int64_t>;
+
+template <std::size_t n>
+using Fixed = std::array<std::int64_t, n>;
+
+template <std::size_t n>
+void copy(const Fixed<n>& from, std::int64_t* to) {
+  std::copy(from.begin(), from.end(), to);
+}
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+std::vector<cpu::QuadraticTensor> quadratic_tensors(const std::vector<Address>& theta, const std::vector<Address>& grad,
+                                                    const std::vector<Address>& anchor,
+                                                    const std::vector<Address>& importance, const Sizes& numel,
+                                                    const std::vector<int>& theta_dtype,
+                                                    const std::vector<int>& anchor_dtype,
+                                                    const std::vector<int>& importance_dtype) {
+  std::vector<cpu::QuadraticTensor> tensors(theta.size());
+  for (std::size_t k = 0; k < tensors.size(); ++k)
+    tensors[k] = {pointer<const void>(theta[k]),
+                  grad.empty() ? nullptr : pointer<void>(grad[k]),
+                  pointer<const void>(anchor[k]),
+                  pointer<const void>(importance[k]),
+                  numel[k],
+                  static_cast<Dtype>(theta_dtype[k]),
+                  static_cast<Dtype>(anchor_dtype[k]),
+                  static_cast<Dtype>(importance_dtype[k])};
+  return tensors;
+}
+
+double quadratic(const std::vector<Address>& theta, const std::vector<Address>& grad,
+                 const std::vector<Address>& anchor, const std::vector<Address>& importance, const Sizes& numel,
+                 const std::vector<int>& theta_dtype, const std::vector<int>& anchor_dtype,
+                 const std::vector<int>& importance_dtype, int mode, double factor, int threads) {
+  const auto tensors =
+      quadratic_tensors(theta, grad, anchor, importance, numel, theta_dtype, anchor_dtype, importance_dtype);
+  const py::gil_scoped_release release;
+  return cpu::kernels().quadratic(tensors.data(), static_cast<std::int64_t>(tensors.size()),
+                                  static_cast<cpu::QuadraticGrad>(mode), factor, threads);
+}
+
+cpu::LinearArgs linear_args(Address total, Address output_grad, Address input, const Fixed<4>& sizes,
+                            const Fixed<3>& output_grad_strides, const Fixed<3>& input_strides, int dtype,
+                            Address workspace, int threads) {
+  cpu::LinearArgs args{};
+  args.total = pointer<void>(total);
+  args.output_grad = pointer<const void>(output_grad);
+  args.input = pointer<const void>(input);
+  args.samples = sizes[0];
+  args.places = sizes[1];
+  args.rows = sizes[2];
+  args.columns = sizes[3];
+  copy(output_grad_strides, args.output_grad_strides);
+  copy(input_strides, args.input_strides);
+  args.dtype = static_cast<Dtype>(dtype);
+  args.workspace = pointer<void>(workspace);
+  args.threads = threads;
+  return args;
+}
+
+cpu::ConvArgs conv_args(Address total, Address output_grad, Address input, const Fixed<4>& channels,
+                        const Fixed<3>& output_size, const Fixed<3>& input_size, const Fixed<3>& kernel,
+                        const Fixed<3>& stride, const Fixed<3>& padding, const Fixed<3>& dilation,
+                        const Fixed<5>& output_grad_strides, const Fixed<5>& input_strides, int dtype,
+                        Address workspace, int threads) {
+  cpu::ConvArgs args{};
+  args.total = pointer<void>(total);
+  args.output_grad = pointer<const void>(output_grad);
+  args.input = pointer<const void>(input);
+  args.samples = channels[0];
+  args.out_channels = channels[1];
+  args.in_channels = channels[2];
+  args.groups = channels[3];
+  copy(output_size, args.output_size);
+  copy(input_size, args.input_size);
+  copy(kernel, args.kernel);
+  copy(stride, args.stride);
+  copy(padding, args.padding);
+  copy(dilation, args.dilation);
+  copy(output_grad_strides, args.output_grad_strides);
+  copy(input_strides, args.input_strides);
+  args.dtype = static_cast<Dtype>(dtype);
+  args.workspace = pointer<void>(workspace);
+  args.threads = threads;
+  return args;
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = LIMPET_VERSION;
+  info["compiler"] = __VERSION__;
+  info["instruction_sets"] = cpu::instruction_sets();
+  info["instruction_set"] = cpu::instruction_set();
+#if defined(LIMPET_CUDA)
+  info["cuda"] = true;
+#else
+  info["cuda"] = false;
+#endif
+#if defined(LIMPET_OPENMP)
+  info["openmp"] = true;
+#else
+  info["openmp"] = false;
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "limpet's compiled core: kernels on raw pointers. Use limpet.ops.";
+  cpu::kernels();  // a wrong LIMPET_CPU is an error of the import
+
+  m.def("build_info", build_info);
+  m.def("quadratic", quadratic);
+
+  m.def("linear_workspace", [](const Fixed<4>& sizes, int dtype, int threads) {
+    return cpu::kernels().linear_workspace(linear_args(0, 0, 0, sizes, {}, {}, dtype, 0, threads));
+  });
+  m.def("sum_grad_squared_linear",
+        [](Address total, Address output_grad, Address input, const Fixed<4>& sizes, const Fixed<3>& d_strides,
+           const Fixed<3>& x_strides, int dtype, Address workspace, int threads) {
+          const auto args =
+              linear_args(total, output_grad, input, sizes, d_strides, x_strides, dtype, workspace, threads);
+          const py::gil_scoped_release release;
+          cpu::kernels().sum_grad_squared_linear(args);
+        });
+
+  m.def("conv_workspace",
+        [](const Fixed<4>& channels, const Fixed<3>& output_size, const Fixed<3>& input_size, const Fixed<3>& kernel,
+           const Fixed<3>& stride, const Fixed<3>& padding, const Fixed<3>& dilation, int dtype, int threads) {
+          return cpu::kernels().conv_workspace(conv_args(0, 0, 0, channels, output_size, input_size, kernel, stride,
+                                                         padding, dilation, {}, {}, dtype, 0, threads));
+        });
+  m.def("sum_grad_squared_conv",
+        [](Address total, Address output_grad, Address input, const Fixed<4>& channels, const Fixed<3>& output_size,
+           const Fixed<3>& input_size, const Fixed<3>& kernel, const Fixed<3>& stride, const Fixed<3>& padding,
+           const Fixed<3>& dilation, const Fixed<5>& d_strides, const Fixed<5>& x_strides, int dtype,
+           Address workspace, int threads) {
+          const auto args = conv_args(total, output_grad, input, channels, output_size, input_size, kernel, stride,
+                                      padding, dilation, d_strides, x_strides, dtype, workspace, threads);
+          const py::gil_scoped_release release;
+          cpu::kernels().sum_grad_squared_conv(args);
+        });
+
+  m.def("sum_grad_squared_channel",
+        [](Address total, Address output_grad, Address input, const Fixed<4>& sizes, const Fixed<4>& d_strides,
+           const Fixed<4>& x_strides, int dtype, int threads) {
+          cpu::ChannelArgs args{};
+          args.total = pointer<void>(total);
+          args.output_grad = pointer<const void>(output_grad);
+          args.input = pointer<const void>(input);
+          copy(sizes, args.sizes);
+          copy(d_strides, args.output_grad_strides);
+          copy(x_strides, args.input_strides);
+          args.dtype = static_cast<Dtype>(dtype);
+          args.threads = threads;
+          const py::gil_scoped_release release;
+          cpu::kernels().sum_grad_squared_channel(args);
+        });
+
+  m.def("sum_grad_squared_embedding",
+        [](Address total, Address output_grad, Address indices, const Fixed<4>& sizes, std::int64_t padding_idx,
+           const Fixed<3>& d_strides, int dtype, int threads) {
+          cpu::EmbeddingArgs args{};
+          args.total = pointer<void>(total);
+          args.output_grad = pointer<const void>(output_grad);
+          args.indices = pointer<const std::int64_t>(indices);
+          args.samples = sizes[0];
+          args.places = sizes[1];
+          args.num_embeddings = sizes[2];
+          args.width = sizes[3];
+          args.padding_idx = padding_idx;
+          copy(d_strides, args.output_grad_strides);
+          args.dtype = static_cast<Dtype>(dtype);
+          args.threads = threads;
+          const py::gil_scoped_release release;
+          cpu::kernels().sum_grad_squared_embedding(args);
+        });
+}

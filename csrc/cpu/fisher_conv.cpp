@@ -1,0 +1,207 @@
+// The same contraction for convolutions: rows are the weight's (channel, kernel place) pairs, read where the padded
+// input lies, so no patch is ever copied; columns are output channels, packed from the output's gradient.
+
+#include "cpu/contraction.h"
+#include "cpu/isa.h"
+
+namespace limpet::cpu::LIMPET_LEVEL {
+namespace {
+
+struct Shape {
+  std::int64_t places;                // Y0 * Y1 * Y2
+  std::int64_t rows, columns;         // of one group's weight: C / groups * K, O / groups
+  std::int64_t kernel;                // K0 * K1 * K2
+  std::int64_t padded[3], image;      // size of one padded channel
+  Chunking chunks;
+
+  explicit Shape(const ConvArgs& args)
+      : places(args.output_size[0] * args.output_size[1] * args.output_size[2]),
+        columns(args.out_channels / args.groups),
+        kernel(args.kernel[0] * args.kernel[1] * args.kernel[2]),
+        image(1),
+        chunks(chunking(args.samples, places)) {
+    rows = args.in_channels / args.groups * kernel;
+    for (int i = 0; i < 3; ++i) image *= padded[i] = args.input_size[i] + 2 * args.padding[i];
+  }
+};
+
+// Workspace: panels of columns | padded input | offsets of places | offsets of rows | carry.
+template <class S>
+struct Layout {
+  std::int64_t group_panels;  // elements of one group's column panels
+  std::int64_t columns, input, places, rows, carry, end;  // in bytes
+
+  Layout(const ConvArgs& args, const Shape& shape) {
+    const auto bytes = [](std::int64_t n, std::int64_t size) { return ceil_div(n * size, 64) * 64; };
+    const std::int64_t size = sizeof(S);
+    group_panels = panels_size<S>(shape.columns, shape.chunks.rows());
+    columns = 0;
+    input = columns + bytes(group_panels * args.groups, size);
+    places = input + bytes(shape.chunks.samples * args.in_channels * shape.image, size);
+    rows = places + bytes(shape.places, 8);
+    carry = rows + bytes(shape.rows, 8);
+    const std::int64_t tiles = args.groups * ceil_div(shape.rows, kMR) * ceil_div(shape.columns, kNR<S>);
+    end = carry + (shape.chunks.segments > 1 ? bytes(tiles * kMR * kNR<S>, size) : 0);
+  }
+};
+
+// The step of `places` in the padded input, and of a group's `rows`, from the channel's first element.
+void fill_offsets(const ConvArgs& args, const Shape& shape, std::int64_t* places, std::int64_t* rows) {
+  const std::int64_t s1 = shape.padded[2], s0 = shape.padded[1] * s1;
+  for (std::int64_t y0 = 0; y0 < args.output_size[0]; ++y0)
+    for (std::int64_t y1 = 0; y1 < args.output_size[1]; ++y1)
+      for (std::int64_t y2 = 0; y2 < args.output_size[2]; ++y2)
+        *places++ = y0 * args.stride[0] * s0 + y1 * args.stride[1] * s1 + y2 * args.stride[2];
+  for (std::int64_t c = 0; c < args.in_channels / args.groups; ++c)
+    for (std::int64_t k0 = 0; k0 < args.kernel[0]; ++k0)
+      for (std::int64_t k1 = 0; k1 < args.kernel[1]; ++k1)
+        for (std::int64_t k2 = 0; k2 < args.kernel[2]; ++k2)
+          *rows++ = c * shape.image + k0 * args.dilation[0] * s0 + k1 * args.dilation[1] * s1 + k2 * args.dilation[2];
+}
+
+// One channel of one sample, with zeros around it.
+template <class Stored, class S>
+void pad(const ConvArgs& args, const Shape& shape, const Stored* from, S* to) {
+  const std::int64_t* const strides = args.input_strides + 2;
+  for (std::int64_t i = 0; i < shape.image; ++i) to[i] = 0;
+  for (std::int64_t x0 = 0; x0 < args.input_size[0]; ++x0)
+    for (std::int64_t x1 = 0; x1 < args.input_size[1]; ++x1) {
+      const Stored* const line = from + x0 * strides[0] + x1 * strides[1];
+      S* const padded = to + ((x0 + args.padding[0]) * shape.padded[1] + x1 + args.padding[1]) * shape.padded[2] +
+                        args.padding[2];
+      if (strides[2] == 1)
+        for (std::int64_t x2 = 0; x2 < args.input_size[2]; ++x2) padded[x2] = widen(line[x2]);
+      else
+        for (std::int64_t x2 = 0; x2 < args.input_size[2]; ++x2) padded[x2] = widen(line[x2 * strides[2]]);
+    }
+}
+
+// [places, width] from a panel's channels, `count` of them; places are numbered through the three output dimensions.
+template <class Stored, class S>
+void pack_columns(const ConvArgs& args, const Stored* from, std::int64_t place0, std::int64_t places,
+                  std::int64_t count, std::int64_t width, S* to) {
+  const std::int64_t step = args.output_grad_strides[1];
+  const std::int64_t* const strides = args.output_grad_strides + 2;
+  const std::int64_t y2_size = args.output_size[2], y1_size = args.output_size[1];
+  for (std::int64_t t = 0; t < places;) {  // a line of the output at a time
+    const std::int64_t place = place0 + t, y2 = place % y2_size, y1 = place / y2_size % y1_size;
+    const std::int64_t run = min_of(y2_size - y2, places - t);
+    const Stored* const line =
+        from + place / y2_size / y1_size * strides[0] + y1 * strides[1] + y2 * strides[2];
+    for (std::int64_t i = 0; i < run; ++i) {
+      S* const row = to + (t + i) * width;
+      const Stored* const pixel = line + i * strides[2];
+      if (step == 1)
+        for (std::int64_t c = 0; c < count; ++c) row[c] = widen(pixel[c]);
+      else
+        for (std::int64_t c = 0; c < count; ++c) row[c] = widen(pixel[c * step]);
+      for (std::int64_t c = count; c < width; ++c) row[c] = 0;
+    }
+    t += run;
+  }
+}
+
+template <class Stored>
+void contract(const ConvArgs& args) {
+  using S = Compute<Stored>;
+  const Shape shape(args);
+  const Layout<S> layout(args, shape);
+  const Chunking& chunks = shape.chunks;
+  char* const workspace = static_cast<char*>(args.workspace);
+  S* const column_panels = reinterpret_cast<S*>(workspace + layout.columns);
+  S* const padded = reinterpret_cast<S*>(workspace + layout.input);
+  std::int64_t* const place_offsets = reinterpret_cast<std::int64_t*>(workspace + layout.places);
+  std::int64_t* const row_offsets = reinterpret_cast<std::int64_t*>(workspace + layout.rows);
+  S* const carry = reinterpret_cast<S*>(workspace + layout.carry);
+  S* const total = static_cast<S*>(args.total);
+  fill_offsets(args, shape, place_offsets, row_offsets);
+
+  const std::int64_t sample_image = args.in_channels * shape.image;
+  const std::int64_t group_channels = args.in_channels / args.groups;
+  const int threads = worthwhile(args.threads, args.samples * shape.places * shape.rows * args.out_channels);
+  const Grid jobs = grid<S>(shape.rows, shape.columns, threads);
+
+  for (std::int64_t n0 = 0; n0 < args.samples; n0 += chunks.samples)
+    for (std::int64_t t0 = 0; t0 < shape.places; t0 += chunks.segment) {
+      const std::int64_t samples = min_of(chunks.samples, args.samples - n0);
+      const std::int64_t places = min_of(chunks.segment, shape.places - t0);
+      const std::int64_t rows = samples * places;
+      const Stored* const d = static_cast<const Stored*>(args.output_grad) + n0 * args.output_grad_strides[0];
+      const Stored* const x = static_cast<const Stored*>(args.input) + n0 * args.input_strides[0];
+
+      if (t0 == 0)
+        parallel_for(threads, samples * args.in_channels, [&](std::int64_t i, int) {
+          const std::int64_t n = i / args.in_channels, c = i % args.in_channels;
+          pad(args, shape, x + n * args.input_strides[0] + c * args.input_strides[1], padded + i * shape.image);
+        });
+      parallel_for(threads, args.groups * jobs.column_panels * samples, [&](std::int64_t i, int) {
+        const std::int64_t n = i % samples, p = i / samples % jobs.column_panels, g = i / samples / jobs.column_panels;
+        const std::int64_t first = p * kNR<S>;
+        const std::int64_t width = panel_vectors<S>(shape.columns, first) * lanes<S>;
+        pack_columns(args,
+                     d + n * args.output_grad_strides[0] + (g * shape.columns + first) * args.output_grad_strides[1],
+                     t0, places, min_of(width, shape.columns - first), width,
+                     column_panels + g * layout.group_panels + panel_offset<S>(p, rows) + n * places * width);
+      });
+
+      parallel_for(threads, args.groups * jobs.jobs(), [&](std::int64_t job, int) {
+        const std::int64_t g = job / jobs.jobs();
+        const std::int64_t row_block = job % jobs.jobs() / jobs.column_groups;
+        const std::int64_t column_group = job % jobs.column_groups;
+        const std::int64_t panel0 = row_block * jobs.block;
+        const std::int64_t panels = min_of(jobs.block, jobs.row_panels - panel0);
+        const std::int64_t q0 = jobs.column_panels * column_group / jobs.column_groups;
+        const std::int64_t q1 = jobs.column_panels * (column_group + 1) / jobs.column_groups;
+        for (std::int64_t q = q0; q < q1; ++q)
+          for (std::int64_t p = 0; p < panels; ++p) {
+            const std::int64_t row = (panel0 + p) * kMR, column = q * kNR<S>;
+            const int height = static_cast<int>(min_of(kMR, shape.rows - row));
+            alignas(64) S sum[kMR * kNR<S>] = {};
+            Tile<S> tile;
+            for (int r = 0; r < kMR; ++r)
+              tile.rows[r] = padded + g * group_channels * shape.image + row_offsets[row + min_of(r, height - 1)];
+            tile.row_sample = sample_image;
+            tile.offsets = place_offsets + t0;
+            tile.columns = column_panels + g * layout.group_panels + panel_offset<S>(q, rows);
+            tile.samples = samples;
+            tile.places = places;
+            tile.sum = sum;
+            tile.squares = true;
+            tile.carry = carry + ((g * jobs.row_panels + panel0 + p) * jobs.column_panels + q) * kMR * kNR<S>;
+            tile.first = t0 == 0;
+            tile.last = t0 + places == shape.places;
+            run_tile(tile, height, panel_vectors<S>(shape.columns, column));
+            if (!tile.last) continue;
+
+            const std::int64_t width = min_of(kNR<S>, shape.columns - column);
+            for (std::int64_t c = 0; c < width; ++c) {
+              S* const to = total + (g * shape.columns + column + c) * shape.rows + row;
+              for (int r = 0; r < height; ++r) to[r] += sum[r * kNR<S> + c];
+            }
+          }
+      });
+    }
+}
+
+std::int64_t conv_workspace(const ConvArgs& args) {
+  const Shape shape(args);
+  return args.dtype == Dtype::f64 ? Layout<double>(args, shape).end : Layout<float>(args, shape).end;
+}
+
+void sum_grad_squared_conv(const ConvArgs& args) {
+  switch (args.dtype) {
+    case Dtype::f32: return contract<float>(args);
+    case Dtype::f64: return contract<double>(args);
+    case Dtype::bf16: return contract<BFloat16>(args);
+    case Dtype::f16: return contract<Half>(args);
+  }
+}
+
+}  // namespace
+
+void fill_fisher_conv(Kernels& kernels) {
+  kernels.conv_workspace = conv_workspace;
+  kernels.sum_grad_squared_conv = sum_grad_squared_conv;
+}
+
+}  // namespace limpet::cpu::LIMPET_LEVEL

@@ -1,0 +1,88 @@
+// The kernels of the CPU, compiled once per instruction set and chosen once, at load.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "dtype.h"
+
+namespace limpet::cpu {
+
+// One parameter of a model: contiguous arrays of `numel` elements each.
+struct QuadraticTensor {
+  const void* theta;       // [numel] theta_dtype
+  void* grad;              // [numel] theta_dtype; null where only the value is wanted
+  const void* anchor;      // [numel] anchor_dtype
+  const void* importance;  // [numel] importance_dtype
+  std::int64_t numel;
+  Dtype theta_dtype, anchor_dtype, importance_dtype;
+};
+
+// What a pass over the tensors does with `grad`.
+enum class QuadraticGrad : int { none = 0, add = 1, write = 2 };
+
+// Strides are in elements.
+struct LinearArgs {
+  void* total;              // [O, I] contiguous, compute type of dtype; added to
+  const void* output_grad;  // [N, T, O]
+  const void* input;        // [N, T, I]
+  std::int64_t samples, places, rows, columns;  // N, T, O, I
+  std::int64_t output_grad_strides[3], input_strides[3];
+  Dtype dtype;
+  void* workspace;  // linear_workspace() bytes
+  int threads;
+};
+
+struct ConvArgs {
+  void* total;              // [O, C / groups, K0, K1, K2] contiguous, compute type of dtype; added to
+  const void* output_grad;  // [N, O, Y0, Y1, Y2]
+  const void* input;        // [N, C, X0, X1, X2]
+  std::int64_t samples, out_channels, in_channels, groups;
+  std::int64_t output_size[3], input_size[3], kernel[3], stride[3], padding[3], dilation[3];
+  std::int64_t output_grad_strides[5], input_strides[5];
+  Dtype dtype;
+  void* workspace;  // conv_workspace() bytes
+  int threads;
+};
+
+// A canonical [N, A, C, B] view: bias and scale act along C, a sample's places are A x B.
+struct ChannelArgs {
+  void* total;              // [C] compute type of dtype; added to
+  const void* output_grad;  // [N, A, C, B]
+  const void* input;        // [N, A, C, B], or null for a bias
+  std::int64_t sizes[4];
+  std::int64_t output_grad_strides[4], input_strides[4];
+  Dtype dtype;
+  int threads;
+};
+
+struct EmbeddingArgs {
+  void* total;                  // [V, E] contiguous, compute type of dtype; added to
+  const void* output_grad;      // [N, T, E]
+  const std::int64_t* indices;  // [N, T] contiguous, each in [0, V)
+  std::int64_t samples, places, num_embeddings, width, padding_idx;
+  std::int64_t output_grad_strides[3];
+  Dtype dtype;
+  int threads;
+};
+
+struct Kernels {
+  // Returns sum_i F_i (theta_i - anchor_i)^2; grad gets (or is given) factor * F_i (theta_i - anchor_i).
+  double (*quadratic)(const QuadraticTensor* tensors, std::int64_t count, QuadraticGrad grad, double factor,
+                      int threads);
+  std::int64_t (*linear_workspace)(const LinearArgs&);
+  void (*sum_grad_squared_linear)(const LinearArgs&);
+  std::int64_t (*conv_workspace)(const ConvArgs&);
+  void (*sum_grad_squared_conv)(const ConvArgs&);
+  void (*sum_grad_squared_channel)(const ChannelArgs&);
+  void (*sum_grad_squared_embedding)(const EmbeddingArgs&);
+};
+
+// The table in use, and its name: the best that the processor has, or the one LIMPET_CPU asks for.
+const Kernels& kernels();
+const std::string& instruction_set();
+// All that were compiled, worst first.
+std::vector<std::string> instruction_sets();
+
+}  // namespace limpet::cpu

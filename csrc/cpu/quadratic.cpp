@@ -1,0 +1,151 @@
+// The quadratic penalty over all tensors of a model in one pass: value, or value and gradient.
+//
+// Elements are cut into chunks of a fixed size whose sums are added in order, so the value does not depend on the
+// number of threads. Terms are float32 products (float64 for float64 parameters) summed in float64.
+
+#include "cpu/isa.h"
+#include "cpu/parallel.h"
+#include "cpu/vector.h"
+#include "math/quadratic.h"
+
+namespace limpet::cpu::LIMPET_LEVEL {
+namespace {
+
+constexpr std::int64_t kChunk = 16384;  // elements: 320 KB of float32 streams
+
+template <class S>
+struct DoubleVector {  // as many doubles as a Vector<S> has lanes
+  typedef double type __attribute__((vector_size(lanes<S> * 8)));
+};
+
+// Up to one vector of elements from `from`, zero behind them.
+template <class Stored>
+LIMPET_FORMULA Vector<Compute<Stored>> load_some(const Stored* from, std::int64_t count) {
+  Stored padded[lanes<Compute<Stored>>] = {};
+  std::memcpy(padded, from, static_cast<std::size_t>(count) * sizeof(Stored));
+  return load(padded);
+}
+
+template <QuadraticGrad mode, class Theta>
+LIMPET_FORMULA void update(const Vector<Compute<Theta>>& weighted, const Vector<Compute<Theta>>& factor,
+                           Theta* grad) {
+  if constexpr (mode == QuadraticGrad::add) store(load(grad) + factor * weighted, grad);
+  if constexpr (mode == QuadraticGrad::write) store(factor * weighted, grad);
+}
+
+template <QuadraticGrad mode, class Theta, class Anchor, class Importance>
+double chunk(const QuadraticTensor& tensor, std::int64_t begin, std::int64_t end, double factor) {
+  using S = Compute<Theta>;
+  constexpr int width = lanes<S>;
+  using Sum = typename DoubleVector<S>::type;
+  const Theta* theta = static_cast<const Theta*>(tensor.theta);
+  Theta* grad = static_cast<Theta*>(tensor.grad);
+  const Anchor* anchor = static_cast<const Anchor*>(tensor.anchor);
+  const Importance* importance = static_cast<const Importance*>(tensor.importance);
+  const Vector<S> factors = broadcast(static_cast<S>(factor));
+
+  Sum sums = {};
+  std::int64_t i = begin;
+  for (; i + width <= end; i += width) {
+    const auto term = math::quadratic_term<Vector<S>>(load(theta + i), load(anchor + i), load(importance + i));
+    sums += __builtin_convertvector(term.value, Sum);
+    update<mode>(term.weighted, factors, grad + i);
+  }
+  if (i < end) {  // the importance of padding is zero, and so are its terms
+    const std::int64_t rest = end - i;
+    const auto term = math::quadratic_term<Vector<S>>(load_some(theta + i, rest), load_some(anchor + i, rest),
+                                                      load_some(importance + i, rest));
+    sums += __builtin_convertvector(term.value, Sum);
+    if constexpr (mode != QuadraticGrad::none) {
+      Theta padded[width] = {};
+      if constexpr (mode == QuadraticGrad::add)
+        std::memcpy(padded, grad + i, static_cast<std::size_t>(rest) * sizeof(Theta));
+      update<mode>(term.weighted, factors, padded);
+      std::memcpy(grad + i, padded, static_cast<std::size_t>(rest) * sizeof(Theta));
+    }
+  }
+  double sum = 0;
+  for (int lane = 0; lane < width; ++lane) sum += sums[lane];
+  return sum;
+}
+
+using Chunk = double (*)(const QuadraticTensor&, std::int64_t, std::int64_t, double);
+
+template <QuadraticGrad mode, class Theta, class Anchor>
+Chunk pick(Dtype importance) {
+  switch (importance) {
+    case Dtype::f32: return chunk<mode, Theta, Anchor, float>;
+    case Dtype::bf16: return chunk<mode, Theta, Anchor, BFloat16>;
+    case Dtype::f16: return chunk<mode, Theta, Anchor, Half>;
+    case Dtype::f64: break;
+  }
+  return nullptr;
+}
+
+template <QuadraticGrad mode, class Theta>
+Chunk pick(Dtype anchor, Dtype importance) {
+  switch (anchor) {
+    case Dtype::f32: return pick<mode, Theta, float>(importance);
+    case Dtype::bf16: return pick<mode, Theta, BFloat16>(importance);
+    case Dtype::f16: return pick<mode, Theta, Half>(importance);
+    case Dtype::f64: break;
+  }
+  return nullptr;
+}
+
+template <QuadraticGrad mode>
+Chunk pick(const QuadraticTensor& tensor) {
+  switch (tensor.theta_dtype) {
+    case Dtype::f32: return pick<mode, float>(tensor.anchor_dtype, tensor.importance_dtype);
+    case Dtype::bf16: return pick<mode, BFloat16>(tensor.anchor_dtype, tensor.importance_dtype);
+    case Dtype::f16: return pick<mode, Half>(tensor.anchor_dtype, tensor.importance_dtype);
+    case Dtype::f64:
+      return tensor.anchor_dtype == Dtype::f64 && tensor.importance_dtype == Dtype::f64
+                 ? chunk<mode, double, double, double>
+                 : nullptr;
+  }
+  return nullptr;
+}
+
+Chunk pick(QuadraticGrad mode, const QuadraticTensor& tensor) {
+  switch (mode) {
+    case QuadraticGrad::none: return pick<QuadraticGrad::none>(tensor);
+    case QuadraticGrad::add: return pick<QuadraticGrad::add>(tensor);
+    case QuadraticGrad::write: return pick<QuadraticGrad::write>(tensor);
+  }
+  return nullptr;
+}
+
+double quadratic(const QuadraticTensor* tensors, std::int64_t count, QuadraticGrad mode, double factor, int threads) {
+  // A job is a run of chunks within one tensor; jobs are found by counting, so that no list is allocated.
+  std::int64_t chunks = 0, elements = 0;
+  for (std::int64_t k = 0; k < count; ++k) {
+    chunks += (tensors[k].numel + kChunk - 1) / kChunk;
+    elements += tensors[k].numel;
+  }
+  if (elements < 2 * kChunk) threads = 1;
+
+  double* partial = new double[static_cast<std::size_t>(chunks)];
+  // Each thread takes one run of consecutive chunks: it streams, and finds its first tensor only once.
+  const std::int64_t runs = chunks < threads ? chunks : threads;
+  parallel_for(threads, runs, [&](std::int64_t run, int) {
+    const std::int64_t first = chunks * run / runs, last = chunks * (run + 1) / runs;
+    std::int64_t k = 0, skipped = 0;  // chunks before tensor k
+    for (std::int64_t c = first; c < last; ++c) {
+      for (std::int64_t here; c - skipped >= (here = (tensors[k].numel + kChunk - 1) / kChunk); ++k) skipped += here;
+      const std::int64_t begin = (c - skipped) * kChunk;
+      const std::int64_t end = begin + kChunk < tensors[k].numel ? begin + kChunk : tensors[k].numel;
+      partial[c] = pick(mode, tensors[k])(tensors[k], begin, end, factor);
+    }
+  });
+  double value = 0;
+  for (std::int64_t c = 0; c < chunks; ++c) value += partial[c];
+  delete[] partial;
+  return value;
+}
+
+}  // namespace
+
+void fill_quadratic(Kernels& kernels) { kernels.quadratic = quadratic; }
+
+}  // namespace limpet::cpu::LIMPET_LEVEL

@@ -1,0 +1,87 @@
+"""Types of the compiled module: addresses, sizes and strides are integers; dtype codes are those of limpet._launch."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Sizes = Sequence[int]
+
+def build_info() -> dict[str, Any]: ...
+def quadratic(
+    theta: Sizes,
+    grad: Sizes,
+    anchor: Sizes,
+    importance: Sizes,
+    numel: Sizes,
+    theta_dtype: Sizes,
+    anchor_dtype: Sizes,
+    importance_dtype: Sizes,
+    mode: int,
+    factor: float,
+    threads: int,
+    /,
+) -> float: ...
+def linear_workspace(sizes: Sizes, dtype: int, threads: int, /) -> int: ...
+def sum_grad_squared_linear(
+    total: int,
+    output_grad: int,
+    input: int,
+    sizes: Sizes,
+    output_grad_strides: Sizes,
+    input_strides: Sizes,
+    dtype: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def conv_workspace(
+    channels: Sizes,
+    output_size: Sizes,
+    input_size: Sizes,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    dtype: int,
+    threads: int,
+    /,
+) -> int: ...
+def sum_grad_squared_conv(
+    total: int,
+    output_grad: int,
+    input: int,
+    channels: Sizes,
+    output_size: Sizes,
+    input_size: Sizes,
+    kernel: Sizes,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    output_grad_strides: Sizes,
+    input_strides: Sizes,
+    dtype: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
+def sum_grad_squared_channel(
+    total: int,
+    output_grad: int,
+    input: int,
+    sizes: Sizes,
+    output_grad_strides: Sizes,
+    input_strides: Sizes,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def sum_grad_squared_embedding(
+    total: int,
+    output_grad: int,
+    indices: int,
+    sizes: Sizes,
+    padding_idx: int,
+    output_grad_strides: Sizes,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...

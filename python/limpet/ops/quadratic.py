@@ -1,0 +1,271 @@
+"""Quadratic family: the penalty of EWC and its relatives, over all tensors of a model in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limpet import _checks, _core, _launch, reference
+from limpet.ops._library import LIBRARY, define
+
+# --- schemas, reference backend, fakes -------------------------------------------------------------------------------
+
+
+def _value_fake(params: Sequence[Tensor], *args: Any) -> Tensor:
+    return params[0].new_empty((), dtype=reference.wide(params[0].dtype))
+
+
+def _grad_fake(params: Sequence[Tensor], *args: Any) -> list[Tensor]:
+    return [torch.empty_like(p) for p in params]
+
+
+_LISTS = "Tensor[] anchors, Tensor[] importances, float strength"
+define(
+    f"quadratic_penalty(Tensor[] params, {_LISTS}) -> Tensor",
+    default=reference.quadratic_penalty,
+    fake=_value_fake,
+)
+define(
+    f"quadratic_penalty_grad(Tensor[] params, {_LISTS}, Tensor scale) -> Tensor[]",
+    default=reference.quadratic_penalty_grad,
+    fake=_grad_fake,
+)
+define(
+    f"add_quadratic_penalty_grad_(Tensor[] params, Tensor(a!)[] grads, {_LISTS}) -> Tensor",
+    default=reference.add_quadratic_penalty_grad_,
+    fake=_value_fake,
+)
+
+_value = torch.ops.limpet.quadratic_penalty.default
+_grad = torch.ops.limpet.quadratic_penalty_grad.default
+_add_grad = torch.ops.limpet.add_quadratic_penalty_grad_.default
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+_NONE, _ADD, _WRITE = 0, 1, 2  # csrc/cpu/isa.h, QuadraticGrad
+
+
+def _flat(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors of one parameter lie in memory alike and without gaps, so that a flat loop pairs them up."""
+    first = tensors[0]
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    dense = first.is_contiguous(memory_format=torch.channels_last) if first.dim() == 4 else False
+    return dense and all(t.stride() == first.stride() for t in tensors)
+
+
+def _pass_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    mode: int,
+    factor: float,
+) -> float:
+    """One pass of the compiled kernel; what lies in memory differently is brought into the parameter's order first."""
+    thetas, outputs, ups, weights = list(params), list(grads), list(anchors), list(importances)
+    scattered = []
+    for k, theta in enumerate(thetas):
+        if not _flat([theta, ups[k], weights[k], *outputs[k : k + 1]]):
+            thetas[k], ups[k], weights[k] = theta.contiguous(), ups[k].contiguous(), weights[k].contiguous()
+            if outputs and not outputs[k].is_contiguous():
+                scattered.append((grads[k], outputs[k].contiguous()))
+                outputs[k] = scattered[-1][1]
+    codes = _launch.DTYPE_CODES
+    value = _core.quadratic(
+        [t.data_ptr() for t in thetas],
+        [t.data_ptr() for t in outputs],
+        [t.data_ptr() for t in ups],
+        [t.data_ptr() for t in weights],
+        [t.numel() for t in thetas],
+        [codes[t.dtype] for t in thetas],
+        [codes[t.dtype] for t in ups],
+        [codes[t.dtype] for t in weights],
+        mode,
+        factor,
+        _launch.threads(),
+    )
+    for grad, packed in scattered:
+        grad.copy_(packed)
+    return value
+
+
+def _scalar(value: float, params: Sequence[Tensor]) -> Tensor:  # []
+    return torch.tensor(value, dtype=reference.wide(params[0].dtype))
+
+
+def _value_cpu(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float
+) -> Tensor:
+    return _scalar(0.5 * strength * _pass_cpu(params, [], anchors, importances, _NONE, 0.0), params)
+
+
+def _grad_cpu(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float, scale: Tensor
+) -> list[Tensor]:
+    grads = [torch.empty_like(p) for p in params]
+    _pass_cpu(params, grads, anchors, importances, _WRITE, strength * float(scale))
+    return grads
+
+
+def _add_grad_cpu(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    strength: float,
+) -> Tensor:
+    return _scalar(0.5 * strength * _pass_cpu(params, grads, anchors, importances, _ADD, strength), params)
+
+
+LIBRARY.impl("quadratic_penalty", _value_cpu, "CPU")
+LIBRARY.impl("quadratic_penalty_grad", _grad_cpu, "CPU")
+LIBRARY.impl("add_quadratic_penalty_grad_", _add_grad_cpu, "CPU")
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+class _QuadraticPenalty(torch.autograd.Function):
+    """The penalty as a function of the parameters; the gradient is computed from them again, not kept in memory."""
+
+    @staticmethod
+    def forward(strength: float, count: int, *tensors: Tensor) -> Tensor:
+        return _value(tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strength)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.strength, ctx.count = inputs[:2]
+        ctx.save_for_backward(*inputs[2:])
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        count, tensors = ctx.count, ctx.saved_tensors
+        wanted = [k for k in range(count) if ctx.needs_input_grad[2 + k]]
+        params, anchors, importances = ([tensors[k + i * count] for k in wanted] for i in range(3))
+        # A graph of the gradient itself was asked for: the reference is plain torch, and differentiable again.
+        gradient = reference.quadratic_penalty_grad if torch.is_grad_enabled() else _grad
+        result: list[Tensor | None] = [None] * (2 + 3 * count)
+        for k, grad in zip(wanted, gradient(params, anchors, importances, ctx.strength, scale), strict=True):
+            result[2 + k] = grad
+        return tuple(result)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], strength: float, count: int, *tensors: Tensor) -> tuple[Tensor, int]:
+        def value(*tensors: Tensor) -> Tensor:
+            return reference.quadratic_penalty(
+                tensors[:count], tensors[count : 2 * count], tensors[2 * count :], strength
+            )
+
+        return torch.vmap(value, in_dims=in_dims[2:])(*tensors), 0
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def _validate(params: Any, anchors: Any, importances: Any, strength: Any) -> float:
+    lists = [
+        _checks.tensor_list(name, value)
+        for name, value in (("params", params), ("anchors", anchors), ("importances", importances))
+    ]
+    for name, other in (("anchors", lists[1]), ("importances", lists[2])):
+        if len(other) != len(lists[0]):
+            raise ValueError(f"{name} must have as many tensors as params ({len(lists[0])}), got {len(other)}")
+        for k, (param, tensor) in enumerate(zip(lists[0], other, strict=True)):
+            if tensor.shape != param.shape or tensor.device != param.device:
+                raise ValueError(
+                    f"{name}[{k}] must be of shape {list(param.shape)} on {param.device} as params[{k}] is, "
+                    f"got {_checks.describe(tensor)}"
+                )
+            if (tensor.dtype == torch.float64) != (param.dtype == torch.float64):
+                raise TypeError(
+                    f"{name}[{k}] must be float64 exactly where params[{k}] is ({param.dtype}), got {tensor.dtype}"
+                )
+    if any(p.device != lists[0][0].device for p in lists[0]):
+        raise ValueError(f"params must be on one device, got {sorted({str(p.device) for p in lists[0]})}")
+    return _checks.finite_number("strength", strength)
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def quadratic_penalty(
+    params: Sequence[Tensor],  # [*] each
+    anchors: Sequence[Tensor],  # [*] each
+    importances: Sequence[Tensor],  # [*] each
+    strength: float,
+) -> Tensor:  # []
+    """The penalty ``strength / 2 * sum_i F_i (theta_i - anchor_i)^2`` (Kirkpatrick et al. 2017, eq. 3).
+
+    Differentiable in ``params`` (twice); the gradient is computed in backward, and no intermediate is kept.
+
+    Args:
+        params: tensors on one device, float32, bfloat16, float16 or float64.
+        anchors: the same shapes; float32, bfloat16 or float16, whatever the parameter is (float64 with float64).
+        importances: the same shapes; the same choice of dtypes.
+        strength: a finite number, lambda.
+
+    Returns:
+        A 0-d float32 tensor (float64 for float64 parameters), summed in float64.
+
+    Raises:
+        TypeError: an argument is no list of floating tensors, or float64 is mixed with narrower.
+        ValueError: lengths, shapes or devices differ, or ``strength`` is not finite.
+
+    >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
+    >>> value = quadratic_penalty([theta], [torch.zeros(2)], [torch.tensor([2.0, 1.0])], strength=10.0)
+    >>> value.backward()
+    >>> value.item(), theta.grad
+    (55.0, tensor([20., 30.]))
+    """
+    strength = _validate(params, anchors, importances, strength)
+    if not params:
+        return torch.zeros(())
+    value: Tensor = _QuadraticPenalty.apply(strength, len(params), *params, *anchors, *importances)
+    return value
+
+
+@torch.no_grad()
+def add_quadratic_penalty_grad_(
+    params: Sequence[Tensor],  # [*] each
+    anchors: Sequence[Tensor],  # [*] each
+    importances: Sequence[Tensor],  # [*] each
+    strength: float,
+) -> Tensor:  # []
+    """Add the gradient of :func:`quadratic_penalty` straight into each ``param.grad``; return the penalty.
+
+    One pass: parameter, anchor and importance are read, the gradient is read and written, nothing is allocated
+    (20 bytes per float32 parameter). A ``.grad`` that is ``None`` becomes zeros first. The value carries no graph.
+
+    Args:
+        params: leaves whose ``.grad`` is added to; otherwise as in :func:`quadratic_penalty`.
+        anchors: as in :func:`quadratic_penalty`.
+        importances: as in :func:`quadratic_penalty`.
+        strength: a finite number, lambda.
+
+    Returns:
+        A 0-d float32 tensor (float64 for float64 parameters).
+
+    Raises:
+        TypeError: as :func:`quadratic_penalty`.
+        ValueError: as :func:`quadratic_penalty`.
+
+    >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
+    >>> value = add_quadratic_penalty_grad_([theta], [torch.zeros(2)], [torch.tensor([2.0, 1.0])], strength=10.0)
+    >>> value.item(), theta.grad
+    (55.0, tensor([20., 30.]))
+    """
+    strength = _validate(params, anchors, importances, strength)
+    if not params:
+        return torch.zeros(())
+    grads = []
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+        grads.append(param.grad)
+    value: Tensor = _add_grad(params, grads, anchors, importances, strength)
+    return value
