@@ -48,33 +48,43 @@ LIMPET_FORMULA Chunking chunking(std::int64_t samples, std::int64_t places) {
   return {segments > 1 ? 1 : max_of(1, min_of(samples, kChunkRows / max_of(1, places))), segment, segments};
 }
 
+// Below this many places per sample, reading and writing the sums of squares for every sample would cost more than a
+// narrower tile does, whose sums stay in registers beside the products (measured; it needs 32 registers).
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr std::int64_t kFewPlaces = 32;
+#else
+constexpr std::int64_t kFewPlaces = 0;
+#endif
+
 template <class S>
 struct Tile {
   const S* rows[kMR];             // first sample's row bases
   std::int64_t row_sample;        // from one sample to the next
   const std::int64_t* offsets;    // [places] from a row's base
-  const S* columns;               // [samples, places, NV * lanes]
+  const S* columns;               // [samples, places, width]
+  std::int64_t width;             // of the panel of columns
   std::int64_t samples, places;
-  S* sum;                         // [MR, kNR]: the squares are added here
-  S* carry;                       // [MR, kNR] products of a sample's earlier segments, or null
+  S* sum;                         // [MR, kNR], zero: gets the sum of squares
+  S* carry;                       // [MR, kNR] products of a sample's earlier segments, where there are several
   bool first, last;               // whether this is the sample's first, last segment
-  bool squares;                   // false: operands are squared already, and the sum itself is added
+  bool squares;                   // false: operands are squared already, and the products' sum itself is wanted
 };
 
-template <class S, int MR, int NV>
-void run_tile(const Tile<S>& tile) {
+// The tile's vectors [v0, v0 + NV). `resident`: the sums of squares stay in registers; samples are never carried then.
+template <class S, int MR, int NV, bool resident>
+void run_tile(const Tile<S>& tile, int v0) {
   using V = Vector<S>;
-  constexpr int width = NV * lanes<S>;
-  const S* columns = tile.columns;
+  const S* columns = tile.columns + v0 * lanes<S>;
+  const auto at = [v0](int r, int v) { return r * kNR<S> + (v0 + v) * lanes<S>; };
+  [[maybe_unused]] V squares[MR][NV] = {};
   for (std::int64_t n = 0; n < tile.samples; ++n) {
     V acc[MR][NV];
     for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < NV; ++v)
-        acc[r][v] = tile.first ? V{} : load(tile.carry + r * kNR<S> + v * lanes<S>);
+      for (int v = 0; v < NV; ++v) acc[r][v] = resident || tile.first ? V{} : load(tile.carry + at(r, v));
 
     const S* rows[MR];
     for (int r = 0; r < MR; ++r) rows[r] = tile.rows[r] + n * tile.row_sample;
-    for (std::int64_t t = 0; t < tile.places; ++t, columns += width) {
+    for (std::int64_t t = 0; t < tile.places; ++t, columns += tile.width) {
       const std::int64_t offset = tile.offsets[t];
       V column[NV];
       for (int v = 0; v < NV; ++v) column[v] = load(columns + v * lanes<S>);
@@ -86,42 +96,55 @@ void run_tile(const Tile<S>& tile) {
 
     for (int r = 0; r < MR; ++r)
       for (int v = 0; v < NV; ++v) {
-        S* const to = (tile.last ? tile.sum : tile.carry) + r * kNR<S> + v * lanes<S>;
-        V sum = acc[r][v];
-        if (tile.last) {
-          sum = load(to);
-          if (tile.squares)
-            math::add_square(sum, acc[r][v]);
-          else
-            sum += acc[r][v];
+        if constexpr (resident) {
+          math::add_square(squares[r][v], acc[r][v]);
+        } else if (!tile.last) {
+          store<S>(acc[r][v], tile.carry + at(r, v));
+        } else if (!tile.squares) {
+          store<S>(acc[r][v], tile.sum + at(r, v));
+        } else {
+          V sum = load(tile.sum + at(r, v));
+          math::add_square(sum, acc[r][v]);
+          store<S>(sum, tile.sum + at(r, v));
         }
-        store<S>(sum, to);
       }
   }
+  if constexpr (resident)
+    for (int r = 0; r < MR; ++r)
+      for (int v = 0; v < NV; ++v) store<S>(squares[r][v], tile.sum + at(r, v));
 }
 
-template <class S, int NV>
-void run_tile(const Tile<S>& tile, int rows) {
+template <class S, int NV, bool resident>
+void run_tile(const Tile<S>& tile, int rows, int v0) {
   switch (rows) {
-    case 1: return run_tile<S, 1, NV>(tile);
-    case 2: return run_tile<S, 2, NV>(tile);
-    case 3: return run_tile<S, 3, NV>(tile);
-    case 4: return run_tile<S, 4, NV>(tile);
-    case 5: return run_tile<S, 5, NV>(tile);
-    default: return run_tile<S, kMR, NV>(tile);
+    case 1: return run_tile<S, 1, NV, resident>(tile, v0);
+    case 2: return run_tile<S, 2, NV, resident>(tile, v0);
+    case 3: return run_tile<S, 3, NV, resident>(tile, v0);
+    case 4: return run_tile<S, 4, NV, resident>(tile, v0);
+    case 5: return run_tile<S, 5, NV, resident>(tile, v0);
+    default: return run_tile<S, kMR, NV, resident>(tile, v0);
   }
 }
 
 template <class S>
 void run_tile(const Tile<S>& tile, int rows, int vectors) {
   static_assert(kNV == 4 || kNV == 2, "cases below");
+  if (tile.squares && tile.places < kFewPlaces) {
+    for (int v = 0; v < vectors; v += 2) {
+      if (v + 2 <= vectors)
+        run_tile<S, 2, true>(tile, rows, v);
+      else
+        run_tile<S, 1, true>(tile, rows, v);
+    }
+    return;
+  }
   switch (vectors) {
-    case 1: return run_tile<S, 1>(tile, rows);
+    case 1: return run_tile<S, 1, false>(tile, rows, 0);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 2: return run_tile<S, 2>(tile, rows);
-    case 3: return run_tile<S, 3>(tile, rows);
+    case 2: return run_tile<S, 2, false>(tile, rows, 0);
+    case 3: return run_tile<S, 3, false>(tile, rows, 0);
 #endif
-    default: return run_tile<S, kNV>(tile, rows);
+    default: return run_tile<S, kNV, false>(tile, rows, 0);
   }
 }
 
@@ -140,21 +163,6 @@ LIMPET_FORMULA std::int64_t panel_offset(std::int64_t panel, std::int64_t rows) 
 template <class S>
 LIMPET_FORMULA std::int64_t panels_size(std::int64_t columns, std::int64_t rows) {
   return ceil_div(columns, lanes<S>) * lanes<S> * rows;
-}
-
-// How the row panels and column panels of one chunk are cut into jobs for threads.
-struct Grid {
-  std::int64_t row_panels, column_panels, block, row_blocks, column_groups;
-  std::int64_t jobs() const { return row_blocks * column_groups; }
-};
-
-template <class S>
-LIMPET_FORMULA Grid grid(std::int64_t rows, std::int64_t columns, int threads) {
-  const std::int64_t row_panels = ceil_div(rows, kMR), column_panels = ceil_div(columns, kNR<S>);
-  const std::int64_t wanted = threads > 1 ? 8 * threads : 1;
-  const std::int64_t block = max_of(1, min_of(kBlockPanels, row_panels / wanted));
-  const std::int64_t row_blocks = ceil_div(row_panels, block);
-  return {row_panels, column_panels, block, row_blocks, min_of(column_panels, ceil_div(wanted, row_blocks))};
 }
 
 // Threads worth waking for `work` multiplications. Results do not depend on it.

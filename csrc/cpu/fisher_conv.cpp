@@ -45,6 +45,21 @@ struct Layout {
   }
 };
 
+// How the row panels and column panels of one chunk are cut into jobs for threads.
+struct Grid {
+  std::int64_t row_panels, column_panels, block, row_blocks, column_groups;
+  std::int64_t jobs() const { return row_blocks * column_groups; }
+};
+
+template <class S>
+LIMPET_FORMULA Grid grid(std::int64_t rows, std::int64_t columns, int threads) {
+  const std::int64_t row_panels = ceil_div(rows, kMR), column_panels = ceil_div(columns, kNR<S>);
+  const std::int64_t wanted = threads > 1 ? 8 * threads : 1;
+  const std::int64_t block = max_of(1, min_of(kBlockPanels, row_panels / wanted));
+  const std::int64_t row_blocks = ceil_div(row_panels, block);
+  return {row_panels, column_panels, block, row_blocks, min_of(column_panels, ceil_div(wanted, row_blocks))};
+}
+
 // The step of `places` in the padded input, and of a group's `rows`, from the channel's first element.
 void fill_offsets(const ConvArgs& args, const Shape& shape, std::int64_t* places, std::int64_t* rows) {
   const std::int64_t s1 = shape.padded[2], s0 = shape.padded[1] * s1;
@@ -163,6 +178,7 @@ void contract(const ConvArgs& args) {
             tile.row_sample = sample_image;
             tile.offsets = place_offsets + t0;
             tile.columns = column_panels + g * layout.group_panels + panel_offset<S>(q, rows);
+            tile.width = panel_vectors<S>(shape.columns, column) * lanes<S>;
             tile.samples = samples;
             tile.places = places;
             tile.sum = sum;

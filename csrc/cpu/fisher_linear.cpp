@@ -21,26 +21,28 @@ struct Shape {
   }
 };
 
-// Workspace: panels of columns | per-job block of rows | offsets | carry.
+constexpr std::int64_t kRowBlock = 340 * kMR;  // rows that are packed at a time: bounds the workspace
+
+// Workspace: panels of rows, shared | a panel of columns per thread | offsets | carry.
 template <class S>
 struct Layout {
-  std::int64_t columns, rows, offsets, carry, end;  // in bytes
+  std::int64_t rows, columns, column_panel, offsets, carry, end;  // in bytes
 
   Layout(const LinearArgs& args, const Shape& shape) {
     const std::int64_t places = shape.chunks.rows();
-    const std::int64_t block = kBlockPanels * kMR * places + lanes<S>;
     const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
-    columns = 0;
-    rows = columns + bytes(panels_size<S>(args.columns, places));
-    offsets = rows + bytes(block) * (args.threads > 0 ? args.threads : 1);
+    rows = 0;
+    columns = rows + bytes(min_of(kRowBlock, ceil_div(args.rows, kMR) * kMR) * places + lanes<S>);
+    column_panel = bytes(kNR<S> * places);
+    offsets = columns + column_panel * max_of(1, args.threads);
     carry = offsets + ceil_div(shape.chunks.segment * 8, 64) * 64;
     const bool carried = shape.squares && shape.chunks.segments > 1;
     end = carry + (carried ? bytes(ceil_div(args.rows, kMR) * kMR * ceil_div(args.columns, kNR<S>) * kNR<S>) : 0);
   }
 };
 
-// `count` neighbouring values per place into [place, stride] of `to`; what lies behind them is overwritten by the
-// next place's, so whole vectors may be stored. `to` has a vector's room behind its end.
+// `count` neighbouring values per place into [places, width] of `to`. Where `readable` values lie behind `from`, whole
+// vectors are stored, beyond `width` too: the next place, and what is packed next behind `to`, overwrites them.
 template <class Stored, class S>
 void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std::int64_t places, std::int64_t count,
           std::int64_t readable, std::int64_t width, bool square, S* to) {
@@ -68,10 +70,11 @@ void contract(const LinearArgs& args) {
   const Layout<S> layout(args, shape);
   const Chunking& chunks = shape.chunks;
   char* const workspace = static_cast<char*>(args.workspace);
-  S* const column_panels = reinterpret_cast<S*>(workspace + layout.columns);
+  S* const row_panels = reinterpret_cast<S*>(workspace + layout.rows);
   std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(workspace + layout.offsets);
   S* const carry = reinterpret_cast<S*>(workspace + layout.carry);
   S* const total = static_cast<S*>(args.total);
+  const bool carried = shape.squares && chunks.segments > 1;
 
   // T = 1: the samples are the places.
   const std::int64_t* const dn = args.output_grad_strides;
@@ -80,71 +83,73 @@ void contract(const LinearArgs& args) {
   const std::int64_t a_place = shape.squares ? an[1] : an[0], a_sample = shape.squares ? an[0] : 0;
 
   const int threads = worthwhile(args.threads, args.samples * args.places * args.rows * args.columns);
-  const Grid jobs = grid<S>(args.rows, args.columns, threads);
+  const std::int64_t column_panels = ceil_div(args.columns, kNR<S>);
   for (std::int64_t t = 0; t < chunks.segment; ++t) offsets[t] = t * kMR;
 
   for (std::int64_t n0 = 0; n0 < shape.samples; n0 += chunks.samples)
-    for (std::int64_t t0 = 0; t0 < shape.places; t0 += chunks.segment) {
-      const std::int64_t samples = min_of(chunks.samples, shape.samples - n0);
-      const std::int64_t places = min_of(chunks.segment, shape.places - t0);
-      const std::int64_t rows = samples * places;
-      const Stored* const d = static_cast<const Stored*>(args.output_grad) + n0 * d_sample + t0 * d_place;
-      const Stored* const a = static_cast<const Stored*>(args.input) + n0 * a_sample + t0 * a_place;
+    for (std::int64_t t0 = 0; t0 < shape.places; t0 += chunks.segment)
+      for (std::int64_t row0 = 0; row0 < args.rows; row0 += kRowBlock) {
+        const std::int64_t samples = min_of(chunks.samples, shape.samples - n0);
+        const std::int64_t places = min_of(chunks.segment, shape.places - t0);
+        const std::int64_t panel_rows = samples * places;
+        const std::int64_t panels = ceil_div(min_of(kRowBlock, args.rows - row0), kMR);
+        const Stored* const d = static_cast<const Stored*>(args.output_grad) + n0 * d_sample + t0 * d_place;
+        const Stored* const a = static_cast<const Stored*>(args.input) + n0 * a_sample + t0 * a_place;
 
-      parallel_for(threads, jobs.column_panels, [&](std::int64_t p, int) {
-        const std::int64_t first = p * kNR<S>;
-        const std::int64_t width = panel_vectors<S>(args.columns, first) * lanes<S>;
-        const std::int64_t count = min_of(width, args.columns - first);
-        for (std::int64_t n = 0; n < samples; ++n)
-          pack(a + n * a_sample + first * an[2], an[2], a_place, places, count, args.columns - first, width,
-               !shape.squares, column_panels + panel_offset<S>(p, rows) + n * places * width);
-      });
+        // Jobs of whole column panels where they are enough to share out, else of parts of the rows too.
+        const std::int64_t groups =
+            threads == 1 ? 1 : max_of(1, min_of(panels / kBlockPanels, ceil_div(8 * threads, column_panels)));
+        // `pack` may run over into the next panel, so a thread packs a run of panels in order, and its last one
+        // value by value.
+        const std::int64_t runs = min_of(panels, threads);
+        parallel_for(threads, runs, [&](std::int64_t run, int) {
+          const std::int64_t end = panels * (run + 1) / runs;
+          for (std::int64_t p = panels * run / runs; p < end; ++p) {
+            const std::int64_t row = row0 + p * kMR;
+            for (std::int64_t n = 0; n < samples; ++n)
+              pack(d + n * d_sample + row * dn[2], dn[2], d_place, places, min_of(kMR, args.rows - row),
+                   p + 1 < end ? args.rows - row : min_of(kMR, args.rows - row), kMR, !shape.squares,
+                   row_panels + (p * panel_rows + n * places) * kMR);
+          }
+        });
 
-      parallel_for(threads, jobs.jobs(), [&](std::int64_t job, int worker) {
-        // A row block per thread, on the thread's own stripe of the workspace.
-        const std::int64_t row_block = job / jobs.column_groups, group = job % jobs.column_groups;
-        const std::int64_t panel0 = row_block * jobs.block;
-        const std::int64_t panels = min_of(jobs.block, jobs.row_panels - panel0);
-        const std::int64_t stripe = (layout.offsets - layout.rows) / (args.threads > 0 ? args.threads : 1);
-        S* const block = reinterpret_cast<S*>(workspace + layout.rows + stripe * worker);
-        for (std::int64_t p = 0; p < panels; ++p) {
-          const std::int64_t first = (panel0 + p) * kMR;
+        parallel_for(threads, column_panels * groups, [&](std::int64_t job, int worker) {
+          const std::int64_t q = job / groups, group = job % groups, column = q * kNR<S>;
+          const int vectors = panel_vectors<S>(args.columns, column);
+          const std::int64_t width = vectors * lanes<S>, count = min_of(width, args.columns - column);
+          S* const panel = reinterpret_cast<S*>(workspace + layout.columns + layout.column_panel * worker);
           for (std::int64_t n = 0; n < samples; ++n)
-            pack(d + n * d_sample + first * dn[2], dn[2], d_place, places, min_of(kMR, args.rows - first),
-                 args.rows - first, kMR, !shape.squares, block + (p * rows + n * places) * kMR);
-        }
+            pack(a + n * a_sample + column * an[2], an[2], a_place, places, count, count, width, !shape.squares,
+                 panel + n * places * width);
 
-        const std::int64_t q0 = jobs.column_panels * group / jobs.column_groups;
-        const std::int64_t q1 = jobs.column_panels * (group + 1) / jobs.column_groups;
-        for (std::int64_t q = q0; q < q1; ++q)
-          for (std::int64_t p = 0; p < panels; ++p) {
-            const std::int64_t row = (panel0 + p) * kMR, column = q * kNR<S>;
+          const std::int64_t p1 = panels * (group + 1) / groups;
+          for (std::int64_t p = panels * group / groups; p < p1; ++p) {
+            const std::int64_t row = row0 + p * kMR;
             const int height = static_cast<int>(min_of(kMR, args.rows - row));
             alignas(64) S sum[kMR * kNR<S>] = {};
             Tile<S> tile;
-            for (int r = 0; r < kMR; ++r) tile.rows[r] = block + p * rows * kMR + r;
+            for (int r = 0; r < kMR; ++r) tile.rows[r] = row_panels + p * panel_rows * kMR + r;
             tile.row_sample = places * kMR;
             tile.offsets = offsets;
-            tile.columns = column_panels + panel_offset<S>(q, rows);
+            tile.columns = panel;
+            tile.width = width;
             tile.samples = samples;
             tile.places = places;
             tile.sum = sum;
             tile.squares = shape.squares;
-            const bool carried = shape.squares && chunks.segments > 1;
-            tile.carry = carried ? carry + ((panel0 + p) * jobs.column_panels + q) * kMR * kNR<S> : nullptr;
+            tile.carry = carried ? carry + (row / kMR * column_panels + q) * kMR * kNR<S> : nullptr;
             tile.first = !carried || t0 == 0;
             tile.last = !carried || t0 + places == shape.places;
-            run_tile(tile, height, panel_vectors<S>(args.columns, column));
+            run_tile(tile, height, vectors);
             if (!tile.last) continue;
 
-            const std::int64_t width = min_of(kNR<S>, args.columns - column);
             for (int r = 0; r < height; ++r) {
               S* const to = total + (row + r) * args.columns + column;
-              for (std::int64_t c = 0; c < width; ++c) to[c] += sum[r * kNR<S> + c];
+              for (std::int64_t c = 0; c < count; ++c) to[c] += sum[r * kNR<S> + c];
             }
           }
-      });
-    }
+        });
+      }
 }
 
 std::int64_t linear_workspace(const LinearArgs& args) {
