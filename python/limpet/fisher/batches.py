@@ -1,0 +1,165 @@
+"""One batch: its inputs, its targets, the samples in it, and the model's loss for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
+
+from limpet import _checks
+
+Loss = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """``size`` samples along the first dimension of every tensor that has that size there."""
+
+    number: int  # counted from 0, for messages
+    inputs: Any
+    targets: Any
+    size: int
+
+    def take(self, samples: slice | Tensor) -> Batch:
+        """Some of the samples, as a smaller batch."""
+        count = len(range(self.size)[samples]) if isinstance(samples, slice) else samples.numel()
+        return Batch(
+            self.number, self._index(self.inputs, samples), self._index(self.targets, samples), count
+        )
+
+    def _index(self, tree: Any, samples: slice | Tensor) -> Any:
+        def pick(t: Tensor) -> Tensor:
+            if t.dim() == 0 or t.shape[0] != self.size:
+                return t
+            return t[samples] if isinstance(samples, slice) else t[samples.to(t.device)]
+
+        return _map(pick, tree)
+
+    def distinct(self, count: int, among: int = 32) -> Tensor:  # int64 [<= count]
+        """Up to ``count`` samples with pairwise different inputs where the first ``among`` hold so many."""
+        chosen, others = [0], []
+        rows = [t for t in _tensors(self.inputs) if t.dim() > 0 and t.shape[0] == self.size]
+        for n in range(1, min(self.size, among)):
+            new = all(any(not torch.equal(t[n], t[m]) for t in rows) for m in chosen)
+            (chosen if new else others).append(n)
+            if len(chosen) == count:
+                break
+        return torch.tensor((chosen + others)[:count])
+
+
+def read(batch: Any, number: int) -> Batch:
+    """Read a pair (inputs, targets) and count its samples."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise TypeError(
+            f"batches must give pairs (inputs, targets), got {_checks.describe(batch)} as batch {number}"
+        )
+    inputs, targets = batch
+    sizes = [[t.shape[0] for t in _tensors(tree) if t.dim() > 0] for tree in (inputs, targets)]
+    if not sizes[0]:
+        raise TypeError(f"the inputs of batch {number} must hold a tensor, got {_checks.describe(inputs)}")
+    size = (sizes[1] or sizes[0])[0]
+    if size not in sizes[0]:
+        raise ValueError(
+            f"batch {number} has {size} targets, but its inputs have first dimensions {sizes[0]}"
+        )
+    if size == 0:
+        raise ValueError(f"batch {number} holds no samples")
+    return Batch(number, inputs, targets, size)
+
+
+def up_to(batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
+    """Read batches until there are no more, or until exactly ``max_samples``, cutting the last one."""
+    done = 0
+    for number, pair in enumerate(batches):
+        batch = read(pair, number)
+        if max_samples is not None and done + batch.size > max_samples:
+            batch = batch.take(slice(0, max_samples - done))
+        yield batch
+        done += batch.size
+        if done == max_samples:
+            return
+
+
+def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
+    """How many samples there will be: known for lists and tuples, and for a data loader that draws its whole data set."""
+    if isinstance(batches, (list, tuple)):
+        known = sum(read(pair, number).size for number, pair in enumerate(batches))
+    elif isinstance(batches, DataLoader) and isinstance(batches.sampler, (SequentialSampler, RandomSampler)):
+        if batches.batch_size is None:
+            return None
+        known = len(batches.sampler)
+        known -= known % batches.batch_size if batches.drop_last else 0
+    else:
+        return None
+    return known if max_samples is None else min(known, max_samples)
+
+
+def cross_entropy(outputs: Any, targets: Any) -> Tensor:  # [N, C, *], [N, *] -> [N]
+    """The default loss: minus the log-likelihood of the targets, summed over a sample's places."""
+    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
+        raise TypeError(
+            "the default loss needs outputs of shape [N, C, *]; give loss= for this model, whose output is "
+            f"{_checks.describe(outputs)}"
+        )
+    losses = F.cross_entropy(outputs, targets, reduction="none")
+    return losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses
+
+
+def losses_of(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:  # [N]
+    """The loss of each sample, checked."""
+    inputs = batch.inputs
+    device = next(model.parameters()).device
+    random_state = _random_state(device)
+    if isinstance(inputs, Mapping):
+        outputs = model(**inputs)
+    elif isinstance(inputs, (tuple, list)):
+        outputs = model(*inputs)
+    else:
+        outputs = model(inputs)
+    if not all(map(torch.equal, random_state, _random_state(device))):
+        raise RuntimeError(
+            "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
+        )
+    losses = loss(outputs, batch.targets)
+    if not isinstance(losses, Tensor) or losses.shape != (batch.size,) or not losses.is_floating_point():
+        raise ValueError(
+            f"loss must return one value per sample, a floating tensor of shape [{batch.size}] (reduction='none'), "
+            f"got {_checks.describe(losses)}"
+        )
+    finite = torch.isfinite(losses.detach())
+    if not finite.all():
+        n = int((~finite).nonzero()[0])
+        raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n].item()}")
+    return losses
+
+
+def _random_state(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _tensors(value)
+    elif isinstance(tree, (tuple, list)):
+        for value in tree:
+            yield from _tensors(value)
+
+
+def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {key: _map(function, value) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        values = [_map(function, value) for value in tree]
+        return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
+    return tree

@@ -1,0 +1,114 @@
+"""What is refused before anything has changed, and the buffers put back after everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from limpet import _checks
+
+LABELS = ("data",)
+
+
+def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters to compute for, by name, once model and surroundings have been checked."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {_checks.describe(model)}")
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError("model has no parameters that require a gradient")
+    devices: dict[torch.device, str] = {}
+    for name, p in params.items():
+        if nn.parameter.is_lazy(p):
+            raise ValueError(f"parameter {name!r} has no shape yet: run the model once first")
+        if p.dtype not in _checks.FLOAT_DTYPES:
+            raise TypeError(f"parameter {name!r} must be floating, got {_checks.describe(p)}")
+        if p.is_meta:
+            raise ValueError(f"parameter {name!r} must hold values, got {_checks.describe(p)}")
+        devices.setdefault(p.device, name)
+    if len(devices) > 1:
+        (one, first), (other, second) = list(devices.items())[:2]
+        raise ValueError(f"parameters must share a device, got {first!r} on {one} and {second!r} on {other}")
+    _refuse_surroundings(next(iter(devices)).type)
+    _refuse_modules(model)
+    return params
+
+
+def _refuse_surroundings(device_type: str) -> None:
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("diagonal_fisher needs gradients: call it outside torch.inference_mode()")
+    if torch.is_autocast_enabled(device_type):
+        raise RuntimeError("diagonal_fisher does not support autocast yet: call it outside torch.autocast()")
+
+
+def _refuse_modules(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        label = f"{name!r} ({type(module).__name__})"
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise RuntimeError(
+                f"{label} would normalise by the statistics of the batch, which makes samples interact: "
+                "call model.eval() first (with track_running_stats=True)"
+            )
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise RuntimeError(f"{label} drops at random in training mode: call model.eval() first")
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+            raise RuntimeError(
+                f"{label} has max_norm={module.max_norm}, which changes the weights in forward"
+            )
+
+
+class _Buffers:
+    """The buffers as they were: objects and values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._found = [
+            (f"{prefix}.{name}".lstrip("."), module, name, buffer, None if buffer is None else buffer.clone())
+            for prefix, module in model.named_modules()
+            for name, buffer in module._buffers.items()
+        ]
+
+    def restore(self) -> list[str]:
+        """Put back what has changed; the names of what had."""
+        changed = []
+        for full_name, module, name, buffer, value in self._found:
+            if module._buffers.get(name) is not buffer:
+                changed.append(full_name)
+                module._buffers[name] = buffer
+            if buffer is not None and value is not None and not _same_bytes(buffer, value):
+                changed.append(full_name)
+                with torch.no_grad():
+                    buffer.copy_(value)
+        return changed
+
+    def check(self) -> None:
+        """Put back what has changed, and refuse a model that changes its buffers."""
+        changed = self.restore()
+        if changed:
+            raise RuntimeError(
+                f"the model changes its buffer {changed[0]!r} in forward: the result would depend on the order of samples"
+            )
+
+
+@contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[_Buffers]:
+    """Leave every buffer as it was, byte for byte, whatever happens inside."""
+    buffers = _Buffers(model)
+    try:
+        yield buffers
+    finally:
+        buffers.restore()
+
+
+def _same_bytes(a: Tensor, b: Tensor) -> bool:
+    if a.is_meta:
+        return True
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())

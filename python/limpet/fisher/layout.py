@@ -1,0 +1,85 @@
+"""Which rows of a tensor belong to which sample: the layouts tried, and the evidence that strikes them out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Samples lie along ``dim``: alone, or flattened with ``places`` rows each, batch-major or time-major."""
+
+    dim: int
+    places: int = 1
+    time_major: bool = False
+
+    def fits(self, lead: Sequence[int], samples: int) -> bool:
+        """Whether leading dimensions of these sizes can hold ``samples`` in this layout."""
+        return self.dim < len(lead) and lead[self.dim] == samples * self.places
+
+    def split(self, rows: Tensor, samples: int) -> Tensor:  # [*lead, *features] -> [N, *, *features]
+        """A view with the samples in front."""
+        if self.places == 1:
+            return rows if self.dim == 0 else rows.movedim(self.dim, 0)
+        if self.time_major:
+            return rows.unflatten(self.dim, (self.places, samples)).movedim(self.dim + 1, 0)
+        return rows.unflatten(self.dim, (samples, self.places)).movedim(self.dim, 0)
+
+
+def candidates(lead: Sequence[int], samples: int) -> list[Layout]:
+    """Every layout that leading dimensions of these sizes allow."""
+    found = []
+    for dim, size in enumerate(lead):
+        if size == samples:
+            found.append(Layout(dim))
+        elif size > 0 and size % samples == 0:
+            found += [Layout(dim, size // samples, time_major) for time_major in (False, True)]
+    return found
+
+
+def established(
+    lead: Sequence[int],
+    samples: int,
+    evidence: Iterable[tuple[int, Tensor]],  # (sample, bool [*lead]: the rows it was seen to touch)
+) -> Layout | None:
+    """The one layout in which each sample touches its own rows alone; None if several do, if none does, or if no row was touched."""
+    seen = [(sample, touched) for sample, touched in evidence if bool(touched.any())]
+    if not seen:
+        return None
+    left = [
+        layout
+        for layout in candidates(lead, samples)
+        if all(_explains(layout, samples, sample, touched) for sample, touched in seen)
+    ]
+    return left[0] if len(left) == 1 else None
+
+
+def _explains(layout: Layout, samples: int, sample: int, touched: Tensor) -> bool:
+    by_sample = layout.split(touched, samples).reshape(samples, -1).any(dim=1)  # [N]
+    return not bool(by_sample[torch.arange(samples, device=touched.device) != sample].any())
+
+
+def rows_changed(
+    before: Tensor, after: Tensor, lead: int
+) -> Tensor:  # [*lead, *features] twice -> bool [*lead]
+    """The rows that differ by more than rounding: other kernels may be chosen, so the last bits may vary."""
+    if before.is_floating_point():
+        magnitude = before.abs().amax() if before.numel() else before.new_zeros(())
+        different = (after - before).abs() > rounding(before.dtype) * magnitude
+    else:
+        different = after != before
+    return any_feature(different, lead)
+
+
+def any_feature(flags: Tensor, lead: int) -> Tensor:  # bool [*lead, *features] -> bool [*lead]
+    """Whether any feature of a row is set."""
+    return flags.flatten(lead).any(dim=-1) if flags.dim() > lead else flags
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Relative difference that rounding alone may make between two runs on the same shapes: eps to the 2/3 (2.4e-5 in float32)."""
+    return float(torch.finfo(dtype).eps) ** (2 / 3)

@@ -1,0 +1,98 @@
+"""Find out which rows of each call belong to which sample, on a few samples of a batch.
+
+The samples are run together; then two of them in turn are replaced by another one, and every row that changes was
+touched by the replaced sample; finally the gradient of one sample's loss shows the rows through which that sample reaches it.
+A layout must explain all of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from limpet.fisher.batches import Batch, Loss, losses_of
+from limpet.fisher.layout import Layout, any_feature, established, rounding, rows_changed
+from limpet.fisher.recorder import Key, Recorder
+from limpet.fisher.rules import Call
+from limpet.fisher.rules.base import Saved
+
+_SAMPLES = 3
+_TRACED = 1  # the sample whose gradient is followed
+
+
+class Probe:
+    """The layouts of a batch's calls; :attr:`layouts` holds None where none or several explain what was seen."""
+
+    def __init__(self, model: nn.Module, batch: Batch, loss: Loss, names: Mapping[int, str]) -> None:
+        self._names, self._model, self._loss = names, model, loss
+        self._lead: dict[Key, torch.Size] = {}
+        self._before: dict[Key, tuple[Tensor, Tensor]] = {}
+        self._evidence: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
+        self._contradicted: set[Key] = set()  # another number of rows or calls once a sample was replaced
+
+        self.samples = batch.distinct(_SAMPLES)
+        self._few = batch.take(self.samples)
+        traced = Recorder(names, self._remember, self._note_gradient)
+        with traced:
+            losses = losses_of(model, self._few, loss)
+        self.losses = losses.detach()  # [n]
+        if losses.requires_grad:
+            one = torch.zeros_like(losses)
+            one[_TRACED] = 1
+            torch.autograd.grad(losses, traced.anchor, one, allow_unused=True)
+        del losses, traced
+        mixed = [
+            self._replace(sample, by)
+            for sample, by in ((0, 1), (1, self._few.size - 1 if self._few.size > 2 else 0))
+        ]
+
+        self.layouts: dict[Key, Layout | None] = {
+            key: None if key in self._contradicted else established(lead, self._few.size, self._evidence[key])
+            for key, lead in self._lead.items()
+        }
+        self._before.clear()
+        if any(mixed):
+            self._refuse()
+
+    def _remember(self, key: Key, call: Call, x: Tensor, y: Tensor) -> None:
+        self._lead[key] = x.shape[: call.lead]
+        self._before[key] = x, y.clone()  # a later function may change the output in place
+
+    def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
+        self._evidence[key].append((_TRACED, any_feature(dy != 0, call.lead)))
+
+    def _replace(self, sample: int, by: int) -> bool:
+        """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
+        index = torch.arange(self._few.size)
+        index[sample] = by
+        seen: set[Key] = set()
+
+        def compare(key: Key, call: Call, x: Tensor, y: Tensor) -> None:
+            seen.add(key)
+            before = self._before.get(key)
+            if before is None or before[0].shape != x.shape or before[1].shape != y.shape:
+                self._contradicted.add(key)
+                return
+            changed = rows_changed(before[0], x, call.lead) | rows_changed(before[1], y, call.lead)
+            self._evidence[key].append((sample, changed))
+
+        with Recorder(self._names, compare, self._note_gradient):
+            losses = losses_of(self._model, self._few.take(index), self._loss).detach()
+        self._contradicted |= self._before.keys() - seen
+        others = torch.arange(self._few.size, device=losses.device) != sample
+        bound = rounding(losses.dtype) * float(self.losses.abs().max())
+        return bool(((losses - self.losses)[others].abs() > bound).any())
+
+    def _refuse(self) -> None:
+        for key, layout in self.layouts.items():
+            if layout is None and any(bool(touched.any()) for _, touched in self._evidence[key]):
+                module = (key[1] or key[2] or "").rpartition(".")[0]
+                raise RuntimeError(
+                    f"the loss or the model mixes samples: they interact at or before {module or 'the model itself'!r}"
+                )
+        raise RuntimeError(
+            "the loss or the model mixes samples: a sample's loss changes with the others in its batch"
+        )

@@ -1,0 +1,12 @@
+"""Rules: for each function that uses parameters, how it is computed and what it adds to their sums.
+
+A rule computes the function as torch does, returns the *input's* gradient in backward, and describes each parameter's
+use as a contribution; the parameter's own gradient is never formed.
+"""
+
+from limpet.fisher.rules import conv, linear, norm
+from limpet.fisher.rules.base import Call, Rule
+
+RULES: dict[object, Rule] = {**linear.RULES, **conv.RULES, **norm.RULES}
+
+__all__ = ["RULES", "Call", "Rule"]

@@ -1,0 +1,176 @@
+"""Convolutions and transposed convolutions in 1, 2 and 3 dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from limpet.fisher.contributions import Contribution, Convolution, Vector
+from limpet.fisher.rules.base import Call, Rule, Saved, Split, tracked
+
+Sizes = int | Sequence[int]
+
+
+class Conv(Call):
+    """A convolution, or a transposed one: the same contraction with input and output gradient exchanged."""
+
+    weight_kind, bias_kind = Convolution, Vector
+
+    def __init__(
+        self,
+        names: tuple[str | None, str | None],
+        weight: Tensor,  # [O, C / groups, *k]; transposed [C, O / groups, *k]
+        bias: Tensor | None,  # [O]
+        stride: list[int],
+        padding: list[int],
+        dilation: list[int],
+        output_padding: list[int],
+        groups: int,
+        transposed: bool,
+    ) -> None:
+        super().__init__(*names, lead=1)
+        self.w, self.b = weight, bias
+        self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
+        self.output_padding, self.transposed = output_padding, transposed
+
+    @property
+    def function(self) -> str:  # type: ignore[override]
+        """``conv`` or ``conv_transpose``."""
+        return "conv_transpose" if self.transposed else "conv"
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
+        y = torch.convolution(
+            x,
+            self.w,
+            self.b,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.transposed,
+            self.output_padding,
+            self.groups,
+        )
+        return y, (x,)
+
+    def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
+        return torch.ops.aten.convolution_backward(
+            dy, saved[0], self.w, None, self.stride, self.padding, self.dilation,
+            self.transposed, self.output_padding, self.groups, (True, False, False),
+        )[0]  # fmt: skip
+
+    def accepts(self, places: int) -> bool:
+        """Several places per sample take one more spatial dimension, of which there are three."""
+        return places == 1 or self.w.dim() < 5
+
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+        d, places = _spatial_places(split(dy), dy.dim())
+        if self.weight is not None:
+            x, _ = _spatial_places(split(saved[0]), dy.dim())
+            if self.transposed:
+                d, x = x, d
+            one, zero = ([1], [0]) if places else ([], [])
+            yield (
+                self.weight,
+                Convolution(
+                    output_grad=d,
+                    input=x,
+                    kernel_size=one + list(self.w.shape[2:]),
+                    stride=one + self.stride,
+                    padding=zero + self.padding,
+                    dilation=one + self.dilation,
+                    groups=self.groups,
+                ),
+            )
+            if self.transposed:
+                d = x
+        if self.bias is not None:
+            yield self.bias, Vector(d, None, 1)
+
+
+def _spatial_places(rows: Tensor, dims: int) -> tuple[Tensor, bool]:  # [N, C, *] or [N, T, C, *] -> [N, C, *]
+    """Make the places (frames) one more spatial dimension, where there are several; and whether there are."""
+    if rows.dim() == dims:
+        return rows, False
+    return (rows.squeeze(1), False) if rows.shape[1] == 1 else (rows.movedim(1, 2), True)
+
+
+def _conv(dims: int, transposed: bool) -> Rule:
+    def sizes(value: Sizes) -> list[int]:
+        values = [value] if isinstance(value, int) else list(value)
+        return values * dims if len(values) == 1 else values
+
+    def build(
+        names: Mapping[int, str],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: Sizes,
+        padding: Sizes | str,
+        output_padding: Sizes,
+        dilation: Sizes,
+        groups: int,
+    ) -> tuple[Tensor, Call] | None:
+        found = tracked(names, weight, bias)
+        if found is None or input.dim() != dims + 2 or weight.dim() != dims + 2:
+            return None
+        dilations = sizes(dilation)
+        if isinstance(padding, str):
+            input, pads = _string_padding(padding, input, weight.shape[2:], dilations)
+        else:
+            pads = sizes(padding)
+        call = Conv(
+            found, weight, bias, sizes(stride), pads, dilations, sizes(output_padding), groups, transposed
+        )
+        return input, call
+
+    def conv(
+        names: Mapping[int, str],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes | str = 0,
+        dilation: Sizes = 1,
+        groups: int = 1,
+    ) -> tuple[Tensor, Call] | None:
+        return build(names, input, weight, bias, stride, padding, 0, dilation, groups)
+
+    def conv_transpose(
+        names: Mapping[int, str],
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
+        output_padding: Sizes = 0,
+        groups: int = 1,
+        dilation: Sizes = 1,
+    ) -> tuple[Tensor, Call] | None:
+        return build(names, input, weight, bias, stride, padding, output_padding, dilation, groups)
+
+    return conv_transpose if transposed else conv
+
+
+def _string_padding(
+    padding: str, input: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, list[int]]:
+    """``"valid"`` and ``"same"`` as numbers; where ``"same"`` needs one more on the right, the input is padded by it."""
+    if padding == "valid":
+        return input, [0] * len(kernel_size)
+    total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]
+    if any(t % 2 for t in total):
+        input = F.pad(input, [side for t in reversed(total) for side in (0, t % 2)])
+    return input, [t // 2 for t in total]
+
+
+RULES: dict[object, Rule] = {
+    F.conv1d: _conv(1, transposed=False),
+    F.conv2d: _conv(2, transposed=False),
+    F.conv3d: _conv(3, transposed=False),
+    F.conv_transpose1d: _conv(1, transposed=True),
+    F.conv_transpose2d: _conv(2, transposed=True),
+    F.conv_transpose3d: _conv(3, transposed=True),
+}

@@ -1,0 +1,97 @@
+"""Matrix products and embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from limpet.fisher.contributions import Contribution, Matrix, Table, Vector
+from limpet.fisher.rules.base import Call, Rule, Saved, Split, tracked
+
+
+class Linear(Call):
+    """``y = x W^T + b``."""
+
+    function = "linear"
+    weight_kind, bias_kind = Matrix, Vector
+
+    def __init__(
+        self, names: tuple[str | None, str | None], lead: int, weight: Tensor, bias: Tensor | None
+    ) -> None:
+        super().__init__(*names, lead)
+        self.w, self.b = weight, bias  # [O, I], [O]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
+        return F.linear(x, self.w, self.b), (x,) if self.weight is not None else ()
+
+    def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
+        return dy @ self.w
+
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+        d = split(dy)
+        if self.weight is not None:
+            yield self.weight, Matrix(d, split(saved[0]))
+        if self.bias is not None:
+            yield self.bias, Vector(d, None, -1)
+
+
+def linear(
+    names: Mapping[int, str], input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Call] | None:
+    """``F.linear``."""
+    found = tracked(names, weight, bias)
+    if found is None or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
+        return None
+    return input, Linear(found, input.dim() - 1, weight, bias)
+
+
+class Embedding(Call):
+    """``y = W[indices]``."""
+
+    function = "embedding"
+    weight_kind = Table
+
+    def __init__(self, name: str, lead: int, weight: Tensor, padding_idx: int | None) -> None:
+        super().__init__(name, None, lead)
+        self.w, self.padding_idx = weight, padding_idx  # [V, E]
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
+        return F.embedding(x, self.w), (x,)
+
+    def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
+        raise NotImplementedError("indices have no gradient")
+
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+        if self.weight is not None:
+            yield self.weight, Table(split(dy), split(saved[0]), self.padding_idx)
+
+
+def embedding(
+    names: Mapping[int, str],
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> tuple[Tensor, Call] | None:
+    """``F.embedding``; ``scale_grad_by_freq`` counts over the whole batch and is left to the per-sample way."""
+    name = names.get(id(weight))
+    if name is None or weight.dim() != 2:
+        return None
+    if max_norm is not None:
+        raise RuntimeError(
+            f"{name!r} is an embedding with max_norm={max_norm}, which changes the weights in forward"
+        )
+    if scale_grad_by_freq:
+        return None
+    if padding_idx is not None and padding_idx < 0:
+        padding_idx += weight.shape[0]
+    return input, Embedding(name, input.dim(), weight, padding_idx)
+
+
+RULES: dict[object, Rule] = {F.linear: linear, F.embedding: embedding}
