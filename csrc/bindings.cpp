@@ -138,14 +138,13 @@ PYBIND11_MODULE(_core, m) {
   m.def("linear_workspace", [](const Fixed<4>& sizes, int dtype, int threads) {
     return cpu::kernels().linear_workspace(linear_args(0, 0, 0, sizes, {}, {}, dtype, 0, threads));
   });
-  m.def("sum_grad_squared_linear",
-        [](Address total, Address output_grad, Address input, const Fixed<4>& sizes, const Fixed<3>& d_strides,
-           const Fixed<3>& x_strides, int dtype, Address workspace, int threads) {
-          const auto args =
-              linear_args(total, output_grad, input, sizes, d_strides, x_strides, dtype, workspace, threads);
-          const py::gil_scoped_release release;
-          cpu::kernels().sum_grad_squared_linear(args);
-        });
+  m.def("sum_grad_squared_linear", [](Address total, Address output_grad, Address input, const Fixed<4>& sizes,
+                                      const Fixed<3>& d_strides, const Fixed<3>& x_strides, int dtype,
+                                      Address workspace, int threads) {
+    const auto args = linear_args(total, output_grad, input, sizes, d_strides, x_strides, dtype, workspace, threads);
+    const py::gil_scoped_release release;
+    cpu::kernels().sum_grad_squared_linear(args);
+  });
 
   m.def("conv_workspace",
         [](const Fixed<4>& channels, const Fixed<3>& output_size, const Fixed<3>& input_size, const Fixed<3>& kernel,
@@ -156,46 +155,44 @@ PYBIND11_MODULE(_core, m) {
   m.def("sum_grad_squared_conv",
         [](Address total, Address output_grad, Address input, const Fixed<4>& channels, const Fixed<3>& output_size,
            const Fixed<3>& input_size, const Fixed<3>& kernel, const Fixed<3>& stride, const Fixed<3>& padding,
-           const Fixed<3>& dilation, const Fixed<5>& d_strides, const Fixed<5>& x_strides, int dtype,
-           Address workspace, int threads) {
+           const Fixed<3>& dilation, const Fixed<5>& d_strides, const Fixed<5>& x_strides, int dtype, Address workspace,
+           int threads) {
           const auto args = conv_args(total, output_grad, input, channels, output_size, input_size, kernel, stride,
                                       padding, dilation, d_strides, x_strides, dtype, workspace, threads);
           const py::gil_scoped_release release;
           cpu::kernels().sum_grad_squared_conv(args);
         });
 
-  m.def("sum_grad_squared_channel",
-        [](Address total, Address output_grad, Address input, const Fixed<4>& sizes, const Fixed<4>& d_strides,
-           const Fixed<4>& x_strides, int dtype, int threads) {
-          cpu::ChannelArgs args{};
-          args.total = pointer<void>(total);
-          args.output_grad = pointer<const void>(output_grad);
-          args.input = pointer<const void>(input);
-          copy(sizes, args.sizes);
-          copy(d_strides, args.output_grad_strides);
-          copy(x_strides, args.input_strides);
-          args.dtype = static_cast<Dtype>(dtype);
-          args.threads = threads;
-          const py::gil_scoped_release release;
-          cpu::kernels().sum_grad_squared_channel(args);
-        });
+  m.def("sum_grad_squared_channel", [](Address total, Address output_grad, Address input, const Fixed<4>& sizes,
+                                       const Fixed<4>& d_strides, const Fixed<4>& x_strides, int dtype, int threads) {
+    cpu::ChannelArgs args{};
+    args.total = pointer<void>(total);
+    args.output_grad = pointer<const void>(output_grad);
+    args.input = pointer<const void>(input);
+    copy(sizes, args.sizes);
+    copy(d_strides, args.output_grad_strides);
+    copy(x_strides, args.input_strides);
+    args.dtype = static_cast<Dtype>(dtype);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    cpu::kernels().sum_grad_squared_channel(args);
+  });
 
-  m.def("sum_grad_squared_embedding",
-        [](Address total, Address output_grad, Address indices, const Fixed<4>& sizes, std::int64_t padding_idx,
-           const Fixed<3>& d_strides, int dtype, int threads) {
-          cpu::EmbeddingArgs args{};
-          args.total = pointer<void>(total);
-          args.output_grad = pointer<const void>(output_grad);
-          args.indices = pointer<const std::int64_t>(indices);
-          args.samples = sizes[0];
-          args.places = sizes[1];
-          args.num_embeddings = sizes[2];
-          args.width = sizes[3];
-          args.padding_idx = padding_idx;
-          copy(d_strides, args.output_grad_strides);
-          args.dtype = static_cast<Dtype>(dtype);
-          args.threads = threads;
-          const py::gil_scoped_release release;
-          cpu::kernels().sum_grad_squared_embedding(args);
-        });
+  m.def("sum_grad_squared_embedding", [](Address total, Address output_grad, Address indices, const Fixed<4>& sizes,
+                                         std::int64_t padding_idx, const Fixed<3>& d_strides, int dtype, int threads) {
+    cpu::EmbeddingArgs args{};
+    args.total = pointer<void>(total);
+    args.output_grad = pointer<const void>(output_grad);
+    args.indices = pointer<const std::int64_t>(indices);
+    args.samples = sizes[0];
+    args.places = sizes[1];
+    args.num_embeddings = sizes[2];
+    args.width = sizes[3];
+    args.padding_idx = padding_idx;
+    copy(d_strides, args.output_grad_strides);
+    args.dtype = static_cast<Dtype>(dtype);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    cpu::kernels().sum_grad_squared_embedding(args);
+  });
 }

@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#define LIMPET_CHECK(condition, message)                            \
-  do {                                                              \
+#define LIMPET_CHECK(condition, message)                                             \
+  do {                                                                               \
     if (!(condition)) throw std::runtime_error(std::string("limpet: ") + (message)); \
   } while (0)

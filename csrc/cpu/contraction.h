@@ -25,13 +25,19 @@ constexpr int kNV = 2;
 template <class S>
 constexpr int kNR = kNV * lanes<S>;
 
-constexpr std::int64_t kChunkRows = 512;     // places (samples x T) that are packed together
-constexpr std::int64_t kSegment = 1024;      // longest run of places of one sample
-constexpr std::int64_t kBlockPanels = 16;    // row panels that share a column panel while it is in the L2 cache
+constexpr std::int64_t kChunkRows = 512;   // places (samples x T) that are packed together
+constexpr std::int64_t kSegment = 1024;    // longest run of places of one sample
+constexpr std::int64_t kBlockPanels = 16;  // row panels that share a column panel while it is in the L2 cache
 
-LIMPET_FORMULA std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-LIMPET_FORMULA std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-LIMPET_FORMULA std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+LIMPET_FORMULA std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}
+LIMPET_FORMULA std::int64_t min_of(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+LIMPET_FORMULA std::int64_t max_of(std::int64_t a, std::int64_t b) {
+  return a > b ? a : b;
+}
 
 // How the samples' places are cut into chunks. T = 1 makes a chunk one long sum of squares; a sample longer than a
 // segment is carried over several chunks.
@@ -58,16 +64,16 @@ constexpr std::int64_t kFewPlaces = 0;
 
 template <class S>
 struct Tile {
-  const S* rows[kMR];             // first sample's row bases
-  std::int64_t row_sample;        // from one sample to the next
-  const std::int64_t* offsets;    // [places] from a row's base
-  const S* columns;               // [samples, places, width]
-  std::int64_t width;             // of the panel of columns
+  const S* rows[kMR];           // first sample's row bases
+  std::int64_t row_sample;      // from one sample to the next
+  const std::int64_t* offsets;  // [places] from a row's base
+  const S* columns;             // [samples, places, width]
+  std::int64_t width;           // of the panel of columns
   std::int64_t samples, places;
-  S* sum;                         // [MR, kNR], zero: gets the sum of squares
-  S* carry;                       // [MR, kNR] products of a sample's earlier segments, where there are several
-  bool first, last;               // whether this is the sample's first, last segment
-  bool squares;                   // false: operands are squared already, and the products' sum itself is wanted
+  S* sum;            // [MR, kNR], zero: gets the sum of squares
+  S* carry;          // [MR, kNR] products of a sample's earlier segments, where there are several
+  bool first, last;  // whether this is the sample's first, last segment
+  bool squares;      // false: operands are squared already, and the products' sum itself is wanted
 };
 
 // The tile's vectors [v0, v0 + NV). `resident`: the sums of squares stay in registers; samples are never carried then.
@@ -166,7 +172,9 @@ LIMPET_FORMULA std::int64_t panels_size(std::int64_t columns, std::int64_t rows)
 }
 
 // Threads worth waking for `work` multiplications. Results do not depend on it.
-LIMPET_FORMULA int worthwhile(int threads, std::int64_t work) { return work < 200000 ? 1 : threads; }
+LIMPET_FORMULA int worthwhile(int threads, std::int64_t work) {
+  return work < 200000 ? 1 : threads;
+}
 
 }  // namespace
 }  // namespace limpet::cpu

@@ -8,10 +8,10 @@ namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
 struct Shape {
-  std::int64_t places;                // Y0 * Y1 * Y2
-  std::int64_t rows, columns;         // of one group's weight: C / groups * K, O / groups
-  std::int64_t kernel;                // K0 * K1 * K2
-  std::int64_t padded[3], image;      // size of one padded channel
+  std::int64_t places;            // Y0 * Y1 * Y2
+  std::int64_t rows, columns;     // of one group's weight: C / groups * K, O / groups
+  std::int64_t kernel;            // K0 * K1 * K2
+  std::int64_t padded[3], image;  // size of one padded channel
   Chunking chunks;
 
   explicit Shape(const ConvArgs& args)
@@ -28,7 +28,7 @@ struct Shape {
 // Workspace: panels of columns | padded input | offsets of places | offsets of rows | carry.
 template <class S>
 struct Layout {
-  std::int64_t group_panels;  // elements of one group's column panels
+  std::int64_t group_panels;                              // elements of one group's column panels
   std::int64_t columns, input, places, rows, carry, end;  // in bytes
 
   Layout(const ConvArgs& args, const Shape& shape) {
@@ -82,8 +82,8 @@ void pad(const ConvArgs& args, const Shape& shape, const Stored* from, S* to) {
   for (std::int64_t x0 = 0; x0 < args.input_size[0]; ++x0)
     for (std::int64_t x1 = 0; x1 < args.input_size[1]; ++x1) {
       const Stored* const line = from + x0 * strides[0] + x1 * strides[1];
-      S* const padded = to + ((x0 + args.padding[0]) * shape.padded[1] + x1 + args.padding[1]) * shape.padded[2] +
-                        args.padding[2];
+      S* const padded =
+          to + ((x0 + args.padding[0]) * shape.padded[1] + x1 + args.padding[1]) * shape.padded[2] + args.padding[2];
       if (strides[2] == 1)
         for (std::int64_t x2 = 0; x2 < args.input_size[2]; ++x2) padded[x2] = widen(line[x2]);
       else
@@ -101,8 +101,7 @@ void pack_columns(const ConvArgs& args, const Stored* from, std::int64_t place0,
   for (std::int64_t t = 0; t < places;) {  // a line of the output at a time
     const std::int64_t place = place0 + t, y2 = place % y2_size, y1 = place / y2_size % y1_size;
     const std::int64_t run = min_of(y2_size - y2, places - t);
-    const Stored* const line =
-        from + place / y2_size / y1_size * strides[0] + y1 * strides[1] + y2 * strides[2];
+    const Stored* const line = from + place / y2_size / y1_size * strides[0] + y1 * strides[1] + y2 * strides[2];
     for (std::int64_t i = 0; i < run; ++i) {
       S* const row = to + (t + i) * width;
       const Stored* const pixel = line + i * strides[2];

@@ -81,8 +81,8 @@ template <class Stored>
 void channel(const ChannelArgs& args) {
   const std::int64_t channels = args.sizes[2];
   const std::int64_t elements = args.sizes[0] * args.sizes[1] * channels * args.sizes[3];
-  const bool rows = args.sizes[3] > 1 && args.output_grad_strides[3] == 1 &&
-                    (!args.input || args.input_strides[3] == 1);
+  const bool rows =
+      args.sizes[3] > 1 && args.output_grad_strides[3] == 1 && (!args.input || args.input_strides[3] == 1);
   // Channels are cut at multiples of 16, so that a thread's stores do not share a cache line with another's.
   const std::int64_t step = 16 * max_of(1, channels / 16 / (8 * max_of(1, args.threads)));
   parallel_for(worthwhile(args.threads, elements), ceil_div(channels, step), [&](std::int64_t i, int) {

@@ -7,20 +7,20 @@
 namespace limpet::cpu {
 
 // Each is defined by the files that CMakeLists.txt compiles once per instruction set.
-#define LIMPET_DECLARE(level)                 \
-  namespace level {                           \
-  void fill_quadratic(Kernels&);              \
-  void fill_fisher_linear(Kernels&);          \
-  void fill_fisher_conv(Kernels&);            \
-  void fill_fisher_rows(Kernels&);            \
-  static Kernels table() {                    \
-    Kernels kernels{};                        \
-    fill_quadratic(kernels);                  \
-    fill_fisher_linear(kernels);              \
-    fill_fisher_conv(kernels);                \
-    fill_fisher_rows(kernels);                \
-    return kernels;                           \
-  }                                           \
+#define LIMPET_DECLARE(level)        \
+  namespace level {                  \
+  void fill_quadratic(Kernels&);     \
+  void fill_fisher_linear(Kernels&); \
+  void fill_fisher_conv(Kernels&);   \
+  void fill_fisher_rows(Kernels&);   \
+  static Kernels table() {           \
+    Kernels kernels{};               \
+    fill_quadratic(kernels);         \
+    fill_fisher_linear(kernels);     \
+    fill_fisher_conv(kernels);       \
+    fill_fisher_rows(kernels);       \
+    return kernels;                  \
+  }                                  \
   }
 
 LIMPET_DECLARE(baseline)
@@ -79,8 +79,12 @@ const Chosen& chosen() {
 
 }  // namespace
 
-const Kernels& kernels() { return chosen().kernels; }
-const std::string& instruction_set() { return chosen().name; }
+const Kernels& kernels() {
+  return chosen().kernels;
+}
+const std::string& instruction_set() {
+  return chosen().name;
+}
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> names;
   for (const Level& level : levels()) names.push_back(level.name);

@@ -24,9 +24,9 @@ enum class QuadraticGrad : int { none = 0, add = 1, write = 2 };
 
 // Strides are in elements.
 struct LinearArgs {
-  void* total;              // [O, I] contiguous, compute type of dtype; added to
-  const void* output_grad;  // [N, T, O]
-  const void* input;        // [N, T, I]
+  void* total;                                  // [O, I] contiguous, compute type of dtype; added to
+  const void* output_grad;                      // [N, T, O]
+  const void* input;                            // [N, T, I]
   std::int64_t samples, places, rows, columns;  // N, T, O, I
   std::int64_t output_grad_strides[3], input_strides[3];
   Dtype dtype;

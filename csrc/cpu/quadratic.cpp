@@ -3,10 +3,10 @@
 // Elements are cut into chunks of a fixed size whose sums are added in order, so the value does not depend on the
 // number of threads. Terms are float32 products (float64 for float64 parameters) summed in float64.
 
+#include "math/quadratic.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
-#include "math/quadratic.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
@@ -27,8 +27,7 @@ LIMPET_FORMULA Vector<Compute<Stored>> load_some(const Stored* from, std::int64_
 }
 
 template <QuadraticGrad mode, class Theta>
-LIMPET_FORMULA void update(const Vector<Compute<Theta>>& weighted, const Vector<Compute<Theta>>& factor,
-                           Theta* grad) {
+LIMPET_FORMULA void update(const Vector<Compute<Theta>>& weighted, const Vector<Compute<Theta>>& factor, Theta* grad) {
   if constexpr (mode == QuadraticGrad::add) store(load(grad) + factor * weighted, grad);
   if constexpr (mode == QuadraticGrad::write) store(factor * weighted, grad);
 }
@@ -146,6 +145,8 @@ double quadratic(const QuadraticTensor* tensors, std::int64_t count, QuadraticGr
 
 }  // namespace
 
-void fill_quadratic(Kernels& kernels) { kernels.quadratic = quadratic; }
+void fill_quadratic(Kernels& kernels) {
+  kernels.quadratic = quadratic;
+}
 
 }  // namespace limpet::cpu::LIMPET_LEVEL

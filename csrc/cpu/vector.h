@@ -51,9 +51,15 @@ LIMPET_FORMULA To bits_as(From from) {
   return to;
 }
 
-LIMPET_FORMULA float widen(float x) { return x; }
-LIMPET_FORMULA double widen(double x) { return x; }
-LIMPET_FORMULA float widen(BFloat16 x) { return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+LIMPET_FORMULA float widen(float x) {
+  return x;
+}
+LIMPET_FORMULA double widen(double x) {
+  return x;
+}
+LIMPET_FORMULA float widen(BFloat16 x) {
+  return bits_as<float>(static_cast<std::uint32_t>(x.bits) << 16);
+}
 LIMPET_FORMULA float widen(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
@@ -67,12 +73,17 @@ LIMPET_FORMULA float widen(Half x) {
 #endif
 }
 
-LIMPET_FORMULA void narrow(float x, float* to) { *to = x; }
-LIMPET_FORMULA void narrow(double x, double* to) { *to = x; }
+LIMPET_FORMULA void narrow(float x, float* to) {
+  *to = x;
+}
+LIMPET_FORMULA void narrow(double x, double* to) {
+  *to = x;
+}
 LIMPET_FORMULA void narrow(float x, BFloat16* to) {  // round to nearest even; NaN stays NaN
   const std::uint32_t bits = bits_as<std::uint32_t>(x);
-  to->bits = (bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u
-                                                : static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+  to->bits = (bits & 0x7fffffffu) > 0x7f800000u
+                 ? 0x7fc0u
+                 : static_cast<std::uint16_t>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 LIMPET_FORMULA void narrow(float x, Half* to) {  // round to nearest even; NaN stays NaN
 #if defined(__F16C__)
@@ -141,8 +152,7 @@ LIMPET_FORMULA void store(const Vector<float>& v, BFloat16* to) {
 }
 LIMPET_FORMULA void store(const Vector<float>& v, Half* to) {
 #if defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(bits_as<__m512>(v), _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(bits_as<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
 #else

@@ -1,8 +1,14 @@
-"""limpet: fused kernels for continual learning, with thin PyTorch wrappers."""
+"""limpet: fused kernels for continual learning, with thin PyTorch wrappers.
+
+>>> import limpet
+>>> sorted(limpet.__all__)
+['DiagonalFisher', 'EWC', 'diagonal_fisher', 'ops']
+"""
 
 from limpet import ops
 from limpet.fisher import DiagonalFisher, diagonal_fisher
+from limpet.methods import EWC
 
 __version__ = "0.1.0"
 
-__all__ = ["DiagonalFisher", "diagonal_fisher", "ops"]
+__all__ = ["EWC", "DiagonalFisher", "diagonal_fisher", "ops"]

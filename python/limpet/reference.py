@@ -105,7 +105,17 @@ def sum_grad_squared_conv(
     for n in range(output_grad.shape[0]):
         d, x = output_grad[n : n + 1].to(dtype), input[n : n + 1].to(dtype)
         grad = torch.ops.aten.convolution_backward(
-            d, x, total, None, stride, padding, dilation, False, [0] * len(stride), groups, [False, True, False]
+            d,
+            x,
+            total,
+            None,
+            stride,
+            padding,
+            dilation,
+            False,
+            [0] * len(stride),
+            groups,
+            [False, True, False],
         )[1]
         total += grad.square()
     return total

@@ -29,9 +29,9 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class EWC:
-    """Keep the weights that earlier tasks need near where those tasks left them.
+    r"""Keep the weights that earlier tasks need near where those tasks left them.
 
-    .. math:: \\frac{\\lambda}{2} \\sum_k \\sum_i F_{k,i} (\\theta_i - \\theta^*_{k,i})^2
+    .. math:: \frac{\lambda}{2} \sum_k \sum_i F_{k,i} (\theta_i - \theta^*_{k,i})^2
 
     (Kirkpatrick et al. 2017, eq. 3), with ``F`` the exact diagonal Fisher information of :func:`limpet.diagonal_fisher`
     at the end of task ``k`` and ``theta*`` the parameters there. The tasks' quadratics are merged into one as they
@@ -167,7 +167,10 @@ class EWC:
 
     def _protected(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Parameters with their anchors and importances, each where and as large as the parameter is now."""
-        params, anchors, importances, free = [], [], [], []
+        params: list[Tensor] = []
+        anchors: list[Tensor] = []
+        importances: list[Tensor] = []
+        free: list[str] = []
         missing = set(self.anchors)
         for name, param in self.model.named_parameters():
             if name not in self.anchors:
@@ -200,7 +203,11 @@ class EWC:
                 grown = torch.zeros(param.shape, dtype=tensors[name].dtype, device=tensors[name].device)
                 grown[old] = tensors[name]
                 tensors[name] = grown
-            _log.info("EWC: %s grew from %s to %s; its old slice stays protected", name, *map(list, (anchor.shape, param.shape)))
+            _log.info(
+                "EWC: %s grew from %s to %s; its old slice stays protected",
+                name,
+                *map(list, (anchor.shape, param.shape)),
+            )
         if anchor.device != param.device:
             self.anchors[name] = self.anchors[name].to(param.device)
             self.importances[name] = self.importances[name].to(param.device)

@@ -139,8 +139,7 @@ def _scale_cpu(total: Tensor, output_grad: Tensor, input: Tensor | None = None) 
 def _embedding_cpu(total: Tensor, output_grad: Tensor, indices: Tensor, padding_idx: int) -> None:
     if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < total.shape[0]:
         raise ValueError(
-            f"indices must be at least 0 and below {total.shape[0]}, "
-            f"got {int(indices.min())} to {int(indices.max())}"
+            f"indices must be at least 0 and below {total.shape[0]}, got {int(indices.min())} to {int(indices.max())}"
         )
     indices = indices.contiguous()
     _core.sum_grad_squared_embedding(
@@ -223,9 +222,9 @@ def sum_grad_squared_linear(
     *,
     into: Tensor | None = None,  # [O, I]
 ) -> Tensor:  # [O, I]
-    """Sum over samples of the squared weight gradient of ``y = x W^T``.
+    r"""Sum over samples of the squared weight gradient of ``y = x W^T``.
 
-    .. math:: S = \\sum_n \\Big(\\sum_t d_{n,t} a_{n,t}^\\top\\Big)^2
+    .. math:: S = \sum_n \Big(\sum_t d_{n,t} a_{n,t}^\top\Big)^2
 
     where ``d`` is the gradient of the summed per-sample losses at ``y`` and ``a`` the input; the square is taken
     element by element (the empirical Fisher's diagonal, Kunstner et al. 2019, eq. 3).
@@ -396,9 +395,9 @@ def sum_grad_squared_embedding(
     padding_idx: int | None = None,
     into: Tensor | None = None,  # [num_embeddings, E]
 ) -> Tensor:  # [num_embeddings, E]
-    """Sum over samples of the squared gradient of a table of rows: equal indices are summed per sample first.
+    r"""Sum over samples of the squared gradient of a table of rows: equal indices are summed per sample first.
 
-    .. math:: S_v = \\sum_n \\Big(\\sum_{t: \\mathrm{indices}_{n,t} = v} d_{n,t}\\Big)^2
+    .. math:: S_v = \sum_n \Big(\sum_{t: \mathrm{indices}_{n,t} = v} d_{n,t}\Big)^2
 
     Args:
         output_grad: ``[N, *, E]``.

@@ -105,7 +105,11 @@ def _value_cpu(
 
 
 def _grad_cpu(
-    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float, scale: Tensor
+    params: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    strength: float,
+    scale: Tensor,
 ) -> list[Tensor]:
     grads = [torch.empty_like(p) for p in params]
     _pass_cpu(params, grads, anchors, importances, _WRITE, strength * float(scale))
