@@ -81,8 +81,8 @@ def sum_grad_squared_linear(
     dtype = wide(output_grad.dtype)
     total = output_grad.new_zeros((rows, columns), dtype=dtype)
     for n in range(samples):
-        d = output_grad[n].reshape(-1, rows).to(dtype)
-        a = input[n].reshape(-1, columns).to(dtype)
+        d = output_grad[n].flatten(0, -2).to(dtype) if output_grad.dim() > 2 else output_grad[n : n + 1].to(dtype)
+        a = input[n].flatten(0, -2).to(dtype) if input.dim() > 2 else input[n : n + 1].to(dtype)
         total += (d.T @ a).square()
     return total
 

@@ -135,7 +135,10 @@ LIBRARY.impl("add_quadratic_penalty_grad_", _add_grad_cpu, "CPU")
 
 
 class _QuadraticPenalty(torch.autograd.Function):
-    """The penalty as a function of the parameters; the gradient is computed from them again, not kept in memory."""
+    """The penalty as a function of the parameters; the gradient is computed from them again, not kept in memory.
+
+    There is no ``jvp`` (forward mode): torch.compile refuses a function that has one.
+    """
 
     @staticmethod
     def forward(strength: float, count: int, *tensors: Tensor) -> Tensor:

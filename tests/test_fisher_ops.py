@@ -1,0 +1,228 @@
+"""The Fisher family's ops against their float64 reference."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from op_cases import CHANNELS, CONV, DTYPES, LINEAR
+from tolerances import assert_close
+
+from limpet import ops, reference
+
+
+def spatial(value, dims):
+    return [value] * dims if isinstance(value, int) else list(value)
+
+
+def conv_reference(d, x, case):
+    dims = len(case.size)
+    g = case.geometry
+    arguments = [spatial(g.get(k, v), dims) for k, v in (("stride", 1), ("padding", 0), ("dilation", 1))]
+    return reference.sum_grad_squared_conv(d.double(), x.double(), case.kernel, *arguments, g.get("groups", 1))
+
+
+def channels(value, channel_dim):  # -> [N, A, C, B]
+    n, *rest = value.shape
+    return value.reshape(n, -1, rest[-1], 1) if channel_dim == -1 else value.reshape(n, 1, rest[0], -1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LINEAR, ids=str)
+def test_linear(shape, dtype):
+    samples, places, rows, columns = shape
+    d, a = torch.randn(samples, places, rows).to(dtype), torch.randn(samples, places, columns).to(dtype)
+    want = reference.sum_grad_squared_linear(d.double(), a.double())
+    got = ops.sum_grad_squared_linear(d, a)
+    assert got.dtype == reference.wide(dtype)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_strided(dtype):
+    d = torch.randn(9, 4, 13).to(dtype).transpose(0, 1)  # time-major
+    a = torch.randn(4, 9, 140).to(dtype)[..., ::2]
+    want = reference.sum_grad_squared_linear(d.double(), a.double())
+    assert_close(ops.sum_grad_squared_linear(d, a), want)
+    assert_close(ops.sum_grad_squared_linear(d.reshape(4, 3, 3, 13), a.reshape(4, 3, 3, 70)), want)
+    one = torch.randn(13, 9).to(dtype).t()  # T = 1, [N, O] with strides (1, 9)
+    assert_close(
+        ops.sum_grad_squared_linear(one, a[:1, :, :].expand(1, 9, 70)[0]),
+        reference.sum_grad_squared_linear(one.double()[:, None], a[:1].double()[0][:, None]),
+    )
+
+
+@given(
+    shape=st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 70), st.integers(0, 140)),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_linear_on_any_shape(shape, seed):
+    torch.manual_seed(seed)
+    samples, places, rows, columns = shape
+    d, a = torch.randn(samples, places, rows), torch.randn(samples, places, columns)
+    want = reference.sum_grad_squared_linear(d.double(), a.double())
+    assert_close(ops.sum_grad_squared_linear(d, a), want, torch.float32)
+
+
+def test_linear_is_the_sum_of_its_batches():
+    d, a = torch.randn(50, 3, 20), torch.randn(50, 3, 90)
+    total = torch.zeros(20, 90)
+    for part in (slice(0, 13), slice(13, 14), slice(14, 50)):
+        assert ops.sum_grad_squared_linear(d[part], a[part], into=total) is total
+    assert_close(total, reference.sum_grad_squared_linear(d.double(), a.double()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CONV, ids=str)
+def test_conv(case, dtype):
+    d, x = case.make(dtype)
+    got = ops.sum_grad_squared_conv(d, x, case.kernel, **case.geometry)
+    assert got.dtype == reference.wide(dtype)
+    assert_close(got, conv_reference(d, x, case))
+
+
+@pytest.mark.parametrize("case", [c for c in CONV if len(c.size) == 2], ids=str)
+def test_conv_channels_last_and_strided(case):
+    d, x = case.make(torch.float32)
+    want = conv_reference(d, x, case)
+    last = [t.to(memory_format=torch.channels_last) for t in (d, x)]
+    assert_close(ops.sum_grad_squared_conv(*last, case.kernel, **case.geometry), want)
+    flipped = [t.transpose(2, 3).contiguous().transpose(2, 3) for t in (d, x)]
+    assert_close(ops.sum_grad_squared_conv(*flipped, case.kernel, **case.geometry), want)
+
+
+@given(data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_conv_on_any_geometry(data):
+    draw = data.draw
+    groups = draw(st.integers(1, 3))
+    kernel, stride, dilation = (draw(st.tuples(*[st.integers(1, 3)] * 2)) for _ in range(3))
+    padding = draw(st.tuples(*[st.integers(0, 2)] * 2))
+    size = tuple((k - 1) * dl + 1 + draw(st.integers(0, 6)) for k, dl in zip(kernel, dilation, strict=True))
+    x = torch.randn(draw(st.integers(1, 4)), groups * draw(st.integers(1, 3)), *size)
+    weight = torch.randn(groups * draw(st.integers(1, 9)), x.shape[1] // groups, *kernel)
+    output = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    d = torch.randn(output.shape)
+    want = reference.sum_grad_squared_conv(d.double(), x.double(), kernel, stride, padding, dilation, groups)
+    assert_close(ops.sum_grad_squared_conv(d, x, kernel, stride, padding, dilation, groups), want)
+
+
+def test_conv_empty():
+    assert ops.sum_grad_squared_conv(torch.zeros(0, 2, 3), torch.zeros(0, 1, 4), 2).tolist() == [[[0, 0]], [[0, 0]]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "channel_dim"), CHANNELS)
+def test_bias_and_scale(shape, channel_dim, dtype):
+    d, x = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    wide = [channels(t.double(), channel_dim) if t.numel() else torch.zeros(0, 1, shape[-1], 1) for t in (d, x)]
+    bias, scale = reference.sum_grad_squared_bias(wide[0]), reference.sum_grad_squared_scale(*wide)
+    assert_close(ops.sum_grad_squared_bias(d, channel_dim=channel_dim), bias, reference.wide(dtype))
+    assert_close(ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim), scale, reference.wide(dtype))
+    if d.dim() == 4 and d.numel():
+        last = [t.to(memory_format=torch.channels_last) for t in (d, x)]
+        assert_close(ops.sum_grad_squared_scale(*last, channel_dim=channel_dim), scale, reference.wide(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("padding_idx", [None, 2])
+def test_embedding(dtype, padding_idx):
+    d, indices = torch.randn(6, 9, 70).to(dtype), torch.randint(5, (6, 9))
+    row = -1 if padding_idx is None else padding_idx
+    want = reference.sum_grad_squared_embedding(d.double(), indices, 11, row)
+    assert_close(ops.sum_grad_squared_embedding(d, indices, 11, padding_idx=padding_idx), want)
+    flat = d.transpose(0, 1).contiguous().transpose(0, 1)
+    assert_close(ops.sum_grad_squared_embedding(flat, indices.int(), 11, padding_idx=padding_idx), want)
+
+
+def test_threads_do_not_change_a_bit():
+    case = CONV[5]
+    d, a = torch.randn(100, 16, 100), torch.randn(100, 16, 300)
+    cd, cx = case.make(torch.float32)
+    bd = torch.randn(20, 40, 333)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(
+            [
+                ops.sum_grad_squared_linear(d, a),
+                ops.sum_grad_squared_linear(d[:, 0], a[:, 0]),
+                ops.sum_grad_squared_conv(cd, cx, case.kernel, **case.geometry),
+                ops.sum_grad_squared_bias(bd),
+                ops.sum_grad_squared_scale(bd, bd, channel_dim=1),
+                ops.sum_grad_squared_embedding(d, torch.arange(1600).reshape(100, 16) % 7, 9),
+            ]
+        )
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_opcheck():
+    library = torch.ops.limpet
+    d, a = torch.randn(3, 2, 5), torch.randn(3, 2, 7)
+    torch.library.opcheck(library.sum_grad_squared_linear_.default, (torch.zeros(5, 7), d, a))
+    cd, cx = CONV[1].make(torch.float32)
+    torch.library.opcheck(
+        library.sum_grad_squared_conv_.default,
+        (torch.zeros(6, 2, 3, 3), cd, cx, [3, 3], [2, 1], [1, 0], [1, 2], 2),
+    )
+    torch.library.opcheck(library.sum_grad_squared_bias_.default, (torch.zeros(5), d[..., None]))
+    torch.library.opcheck(library.sum_grad_squared_scale_.default, (torch.zeros(5), d[..., None], d[..., None]))
+    torch.library.opcheck(
+        library.sum_grad_squared_embedding_.default, (torch.zeros(4, 5), d, torch.zeros(3, 2, dtype=torch.int64), -1)
+    )
+
+
+def test_compiles_whole():
+    d, a = torch.randn(3, 2, 5), torch.randn(3, 2, 7)
+    compiled = torch.compile(ops.sum_grad_squared_linear, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(d, a), ops.sum_grad_squared_linear(d, a))
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: ops.sum_grad_squared_linear(None, torch.zeros(1, 1)), TypeError, "output_grad must be a torch.Tensor"),
+        (lambda: ops.sum_grad_squared_linear(torch.zeros(2, 3), torch.zeros(3, 3)), ValueError, "leading dimensions"),
+        (
+            lambda: ops.sum_grad_squared_linear(torch.zeros(2, 3), torch.zeros(2, 3).double()),
+            TypeError,
+            "input must have output_grad's dtype torch.float32, got torch.float64",
+        ),
+        (
+            lambda: ops.sum_grad_squared_linear(torch.zeros(2, 3), torch.zeros(2, 3), into=torch.zeros(3, 4)),
+            ValueError,
+            r"into must be a contiguous torch.float32 tensor of shape \[3, 3\]",
+        ),
+        (
+            lambda: ops.sum_grad_squared_conv(torch.zeros(1, 1, 9), torch.zeros(1, 1, 9), 3),
+            ValueError,
+            "needs 11 padded input places in dimension 0, got 9 and padding 0",
+        ),
+        (
+            lambda: ops.sum_grad_squared_conv(torch.zeros(1, 3, 2), torch.zeros(1, 4, 3), 2, groups=2),
+            ValueError,
+            "groups must divide the channels 3 and 4, got 2",
+        ),
+        (
+            lambda: ops.sum_grad_squared_conv(torch.zeros(1, 1, 2), torch.zeros(1, 1, 3), (2, 2)),
+            ValueError,
+            r"kernel_size must be one integer or 1, got \(2, 2\)",
+        ),
+        (lambda: ops.sum_grad_squared_bias(torch.zeros(2, 3, 4), channel_dim=7), ValueError, "must be 1 or -1, got 7"),
+        (lambda: ops.sum_grad_squared_scale(torch.zeros(2, 3), torch.zeros(2, 4)), ValueError, "output_grad's shape"),
+        (
+            lambda: ops.sum_grad_squared_embedding(torch.zeros(1, 2, 3), torch.tensor([[0, 9]]), 4),
+            ValueError,
+            "indices must be at least 0 and below 4, got 0 to 9",
+        ),
+        (
+            lambda: ops.sum_grad_squared_embedding(torch.zeros(1, 2, 3), torch.zeros(1, 2), 4),
+            TypeError,
+            "indices must be an int64 or int32 tensor",
+        ),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
