@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import CHANNELS, CONV, DTYPES, LINEAR
-from tolerances import assert_close
 
 from limpet import ops, reference
+from op_cases import CHANNELS, CONV, DTYPES, LINEAR
+from tolerances import assert_close
 
 
 def spatial(value, dims):

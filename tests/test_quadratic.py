@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import RESNET18_SHAPES, quadratic_inputs
-from tolerances import RELATIVE_ERROR, assert_close
 
 from limpet import ops, reference
+from op_cases import RESNET18_SHAPES, quadratic_inputs
+from tolerances import RELATIVE_ERROR, assert_close
 
 SHAPES = [(), (1,), (0,), (3, 5), (7, 0, 2), (16384,), (16385,), (40000,), (64, 3, 3, 3)]
 NARROW = (torch.float32, torch.bfloat16, torch.float16)

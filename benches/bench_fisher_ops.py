@@ -1,0 +1,47 @@
+"""The Fisher contraction against torch's plain weight-gradient product of the same shape."""
+
+import pytest
+import torch
+
+from limpet import ops, reference
+from op_cases import LINEAR_TIMED
+
+
+@pytest.mark.parametrize("shape", LINEAR_TIMED, ids=str)
+def test_linear(shape, compare, in_earnest):
+    samples, places, rows, columns = shape
+    d, a = torch.randn(samples, places, rows), torch.randn(samples, places, columns)
+    total, product = torch.zeros(rows, columns), torch.empty(rows, columns)
+    flat = d.reshape(-1, rows).t(), a.reshape(-1, columns)
+    calls = {
+        "ours": lambda: ops.sum_grad_squared_linear(d, a, into=total),
+        "baseline": lambda: torch.mm(*flat, out=product),
+        "reference": lambda: reference.sum_grad_squared_linear(d, a),
+    }
+    if in_earnest:
+        compiled = torch.compile(reference.sum_grad_squared_linear)
+        calls["reference compiled"] = lambda: compiled(d, a)
+    bound = "at most 1.4" if places == 1 else "at most 1.15"
+    compare(f"contraction {shape}", "d^T a", bound, calls)
+
+
+# (samples, channels in, out, size, stride): the 3x3 convolutions of a CIFAR ResNet-18.
+CONV = [(32, 64, 64, 32, 1), (32, 128, 128, 16, 1), (32, 256, 256, 8, 1), (32, 512, 512, 4, 1), (32, 64, 128, 32, 2)]
+
+
+@pytest.mark.parametrize("case", CONV, ids=str)
+def test_conv(case, compare):
+    samples, channels, out_channels, size, stride = case
+    x, weight = torch.randn(samples, channels, size, size), torch.randn(out_channels, channels, 3, 3)
+    d = torch.randn_like(torch.conv2d(x, weight, stride=stride, padding=1))
+    total = torch.zeros_like(weight)
+    rest = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [False, True, False])
+    patches = torch.nn.functional.unfold(x, 3, padding=1, stride=stride).transpose(1, 2).flatten(0, 1)
+    flat = d.flatten(2).transpose(0, 1).flatten(1)
+    product = torch.empty(flat.shape[0], patches.shape[1])
+    calls = {
+        "ours": lambda: ops.sum_grad_squared_conv(d, x, 3, stride, 1, into=total),
+        "baseline": lambda: torch.ops.aten.convolution_backward(d, x, weight, *rest),
+        "plain product of ready patches": lambda: torch.mm(flat, patches, out=product),
+    }
+    compare(f"contraction, 3x3 convolution {case}", "torch's convolution weight gradient", "at most 1.15", calls)
