@@ -129,6 +129,7 @@ class Convolution(NamedTuple):
     groups: int
 
     def add_to(self, total: Tensor) -> None:  # noqa: D102
+        frames = len(self.kernel_size) - (total.dim() - 2)  # 1 where places became a spatial dimension
         ops.sum_grad_squared_conv(
             self.output_grad,
             self.input,
@@ -137,5 +138,5 @@ class Convolution(NamedTuple):
             self.padding,
             self.dilation,
             self.groups,
-            into=total,
+            into=total.unsqueeze(2) if frames else total,
         )
