@@ -1,11 +1,12 @@
 """Models and batches that tests and benches share: ``CASES`` lists (name, make model, make batch).
 
-``make_model()`` gives a module in evaluation mode, ``make_batch(n)`` one batch ``(inputs, targets)`` of ``n`` samples, both float32
-and seeded by the caller.
+``make_model()`` gives a module, ``make_batch(n)`` one batch ``(inputs, targets)`` of ``n`` samples; both float32, and
+seeded by the caller.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -69,7 +70,7 @@ class ResNet18(nn.Sequential):
 def mlp(*sizes: int) -> nn.Sequential:
     """Linear layers with ReLU between."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, o in zip(sizes, sizes[1:], strict=False):
+    for i, o in itertools.pairwise(sizes):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
@@ -223,8 +224,13 @@ def _last(layer: Callable[[], nn.Module], channels: int) -> Callable[[], nn.Modu
     )
 
 
+def _behind_linear(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A layer of six features behind a linear one, so that gradients pass through it."""
+    return _last(lambda: nn.Sequential(nn.Linear(4, 6), layer()), 6)
+
+
 def _norm(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """A normalisation of four channels behind a convolution, so that gradients pass through it."""
+    """A layer of four channels behind a convolution, so that gradients pass through it."""
     return lambda: with_statistics(
         nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), layer(), nn.Tanh(), Mean(), nn.Linear(4, CLASSES))
     )
@@ -261,25 +267,25 @@ LAYERS = [
     Case("conv2d_valid", _net(lambda: nn.Conv2d(4, 6, 2, padding="valid"), 6), images(4, 6, 6)),
     Case("conv2d_circular", _net(lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), 6), images(4, 6, 6)),
     Case("conv2d_depthwise", _net(lambda: nn.Conv2d(4, 8, 3, padding=1, groups=4), 8), images(4, 6, 6)),
-    Case("conv2d_channels_last", _net(lambda: nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last), 6), _channels_last),
+    Case("conv2d_channels_last", _net(lambda: nn.Conv2d(4, 6, 3), 6), _channels_last),
     Case("conv3d", _net(lambda: nn.Conv3d(2, 4, (2, 3, 1), (1, 2, 1), (1, 0, 0)), 4), images(2, 4, 5, 3)),
     Case("conv_transpose1d", _net(lambda: nn.ConvTranspose1d(4, 6, 3, 2, 1, 1, 2), 6), images(4, 5)),
     Case("conv_transpose2d", _net(lambda: nn.ConvTranspose2d(4, 6, 3, 2, 1, (1, 0), dilation=2), 6), images(4, 4, 3)),
     Case("conv_transpose3d", _net(lambda: nn.ConvTranspose3d(2, 4, 2, 2), 4), images(2, 2, 3, 2)),
-    Case("layer_norm", _last(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6)), 6), images(3, 4)),
-    Case("layer_norm_2d", _last(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm((3, 6))), 6), images(3, 4)),
-    Case("layer_norm_no_bias", _last(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6, bias=False)), 6), images(3, 4)),
-    Case("layer_norm_plain", _last(lambda: nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6, elementwise_affine=False)), 6), images(3, 4)),
-    Case("rms_norm", _last(lambda: nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6)), 6), images(3, 4)),
+    Case("layer_norm", _behind_linear(lambda: nn.LayerNorm(6)), images(3, 4)),
+    Case("layer_norm_2d", _behind_linear(lambda: nn.LayerNorm((3, 6))), images(3, 4)),
+    Case("layer_norm_no_bias", _behind_linear(lambda: nn.LayerNorm(6, bias=False)), images(3, 4)),
+    Case("layer_norm_plain", _behind_linear(lambda: nn.LayerNorm(6, elementwise_affine=False)), images(3, 4)),
+    Case("rms_norm", _behind_linear(lambda: nn.RMSNorm(6)), images(3, 4)),
     Case("group_norm", _norm(lambda: nn.GroupNorm(2, 4)), images(3, 6, 6)),
     Case("instance_norm", _norm(lambda: nn.InstanceNorm2d(4, affine=True)), images(3, 6, 6)),
-    Case("instance_norm_running", _norm(lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True)), images(3, 6, 6)),
-    Case("batch_norm1d", lambda: with_statistics(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, CLASSES))), images(4)),
+    Case("instance_norm_running", _norm(lambda: nn.InstanceNorm2d(4, 1e-5, 0.1, True, True)), images(3, 6, 6)),
+    Case("batch_norm1d", _behind_linear(lambda: nn.BatchNorm1d(6)), images(4)),
     Case("batch_norm2d", _norm(lambda: nn.BatchNorm2d(4)), images(3, 6, 6)),
     Case("batch_norm2d_plain", _norm(lambda: nn.BatchNorm2d(4, affine=False)), images(3, 6, 6)),
     Case("prelu", _norm(lambda: nn.PReLU()), images(3, 6, 6)),
     Case("prelu_channels", _norm(lambda: nn.PReLU(4)), images(3, 6, 6)),
-    Case("affine", _last(lambda: nn.Sequential(nn.Linear(4, 6), Affine(6)), 6), images(4)),
+    Case("affine", _behind_linear(lambda: Affine(6)), images(4)),
 ]  # fmt: skip
 
 MODELS = [

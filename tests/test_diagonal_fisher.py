@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, MLP, RESNET18, Case
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import limpet
+from cases import CASES, Case
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -57,7 +57,9 @@ def double(tree: Any) -> Any:
     return tree.double() if tree.is_floating_point() else tree
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")  # torch's own, in the loop
+@pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel lengths:UserWarning"
+)  # torch's own, in the loop
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_agrees_with_the_loop(case: Case, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The diagonal Fisher information of a model: which function used which parameter, and what it adds to the sums."""
+"""A model's diagonal Fisher information: which function used which parameter, and what it adds to the sums."""
 
 from limpet.fisher.diagonal import DiagonalFisher, diagonal_fisher
 

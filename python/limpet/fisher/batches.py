@@ -28,9 +28,7 @@ class Batch:
     def take(self, samples: slice | Tensor) -> Batch:
         """Some of the samples, as a smaller batch."""
         count = len(range(self.size)[samples]) if isinstance(samples, slice) else samples.numel()
-        return Batch(
-            self.number, self._index(self.inputs, samples), self._index(self.targets, samples), count
-        )
+        return Batch(self.number, self._index(self.inputs, samples), self._index(self.targets, samples), count)
 
     def _index(self, tree: Any, samples: slice | Tensor) -> Any:
         def pick(t: Tensor) -> Tensor:
@@ -42,7 +40,8 @@ class Batch:
 
     def distinct(self, count: int, among: int = 32) -> Tensor:  # int64 [<= count]
         """Up to ``count`` samples with pairwise different inputs where the first ``among`` hold so many."""
-        chosen, others = [0], []
+        chosen: list[int] = [0]
+        others: list[int] = []
         rows = [t for t in _tensors(self.inputs) if t.dim() > 0 and t.shape[0] == self.size]
         for n in range(1, min(self.size, among)):
             new = all(any(not torch.equal(t[n], t[m]) for t in rows) for m in chosen)
@@ -55,18 +54,14 @@ class Batch:
 def read(batch: Any, number: int) -> Batch:
     """Read a pair (inputs, targets) and count its samples."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise TypeError(
-            f"batches must give pairs (inputs, targets), got {_checks.describe(batch)} as batch {number}"
-        )
+        raise TypeError(f"batches must give pairs (inputs, targets), got {_checks.describe(batch)} as batch {number}")
     inputs, targets = batch
     sizes = [[t.shape[0] for t in _tensors(tree) if t.dim() > 0] for tree in (inputs, targets)]
     if not sizes[0]:
         raise TypeError(f"the inputs of batch {number} must hold a tensor, got {_checks.describe(inputs)}")
     size = (sizes[1] or sizes[0])[0]
     if size not in sizes[0]:
-        raise ValueError(
-            f"batch {number} has {size} targets, but its inputs have first dimensions {sizes[0]}"
-        )
+        raise ValueError(f"batch {number} has {size} targets, but its inputs have first dimensions {sizes[0]}")
     if size == 0:
         raise ValueError(f"batch {number} holds no samples")
     return Batch(number, inputs, targets, size)
@@ -86,7 +81,7 @@ def up_to(batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
 
 
 def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
-    """How many samples there will be: known for lists and tuples, and for a data loader that draws its whole data set."""
+    """How many samples there will be: known for lists, tuples and data loaders over a whole data set."""
     if isinstance(batches, (list, tuple)):
         known = sum(read(pair, number).size for number, pair in enumerate(batches))
     elif isinstance(batches, DataLoader) and isinstance(batches.sampler, (SequentialSampler, RandomSampler)):
@@ -128,8 +123,8 @@ def losses_of(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:  # [N]
     losses = loss(outputs, batch.targets)
     if not isinstance(losses, Tensor) or losses.shape != (batch.size,) or not losses.is_floating_point():
         raise ValueError(
-            f"loss must return one value per sample, a floating tensor of shape [{batch.size}] (reduction='none'), "
-            f"got {_checks.describe(losses)}"
+            f"loss must return one value per sample, a floating tensor of shape [{batch.size}] "
+            f"(reduction='none'), got {_checks.describe(losses)}"
         )
     finite = torch.isfinite(losses.detach())
     if not finite.all():

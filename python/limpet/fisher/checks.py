@@ -58,9 +58,7 @@ def _refuse_modules(model: nn.Module) -> None:
         if isinstance(module, _DropoutNd) and module.training and module.p > 0:
             raise RuntimeError(f"{label} drops at random in training mode: call model.eval() first")
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise RuntimeError(
-                f"{label} has max_norm={module.max_norm}, which changes the weights in forward"
-            )
+            raise RuntimeError(f"{label} has max_norm={module.max_norm}, which changes the weights in forward")
 
 
 class _Buffers:
@@ -92,7 +90,8 @@ class _Buffers:
         changed = self.restore()
         if changed:
             raise RuntimeError(
-                f"the model changes its buffer {changed[0]!r} in forward: the result would depend on the order of samples"
+                f"the model changes its buffer {changed[0]!r} in forward: "
+                "the result would depend on the order of samples"
             )
 
 

@@ -1,7 +1,7 @@
 """What one use of a parameter adds to its sum of squared per-sample gradients.
 
-Uses of one parameter in one forward pass are joined *before* squaring: matrix-shaped ones along the places, vector-shaped
-ones by adding their per-sample gradients, which are small.
+Uses of one parameter in one forward pass are joined *before* squaring: matrix-shaped ones along the places,
+vector-shaped ones by adding their per-sample gradients, which are small.
 """
 
 from __future__ import annotations
@@ -75,7 +75,10 @@ class Table(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """A vector ``[C]`` added (``input`` None) or multiplied along the channels, times a constant ``gain`` per channel."""
+    """A vector ``[C]`` added (``input`` None) or multiplied along the channels.
+
+    ``gain`` is a constant per channel that multiplies every sample's gradient.
+    """
 
     output_grad: Tensor  # [N, *, C] or [N, C, *]
     input: Tensor | None  # the same shape
@@ -87,9 +90,7 @@ class Vector(NamedTuple):
         if self.input is None:
             result = ops.sum_grad_squared_bias(self.output_grad, channel_dim=self.channel_dim, into=direct)
         else:
-            result = ops.sum_grad_squared_scale(
-                self.output_grad, self.input, channel_dim=self.channel_dim, into=direct
-            )
+            result = ops.sum_grad_squared_scale(self.output_grad, self.input, channel_dim=self.channel_dim, into=direct)
         if self.gain is not None:
             flat.addcmul_(result, self.gain.to(result.dtype).square())
 

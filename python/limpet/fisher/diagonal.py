@@ -29,8 +29,9 @@ class DiagonalFisher(Mapping[str, Tensor]):
 
     Attributes:
         num_samples: samples that the mean was taken over.
-        routes: for each name ``"fused"`` (one backward pass per batch; also for parameters that the model never uses, whose
-            value is zero) or ``"per_sample"`` (one backward pass per sample, in at least one batch). Both are exact.
+        routes: for each name ``"fused"`` (one backward pass per batch; also for parameters that the model never uses,
+            whose value is zero) or ``"per_sample"`` (one backward pass per sample, in at least one batch). Both are
+            exact.
     """
 
     def __init__(self, values: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str]) -> None:
@@ -47,9 +48,7 @@ class DiagonalFisher(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         slow = sum(route == "per_sample" for route in self.routes.values())
-        return (
-            f"DiagonalFisher({len(self)} parameters, {slow} of them per sample; {self.num_samples} samples)"
-        )
+        return f"DiagonalFisher({len(self)} parameters, {slow} of them per sample; {self.num_samples} samples)"
 
 
 class _Computation:
@@ -79,7 +78,8 @@ class _Computation:
             losses = losses_of(self._model, batch, self._loss)
         if not losses.requires_grad:
             raise RuntimeError(
-                f"the losses of batch {batch.number} do not depend on any parameter: is something detached or under no_grad?"
+                f"the losses of batch {batch.number} do not depend on any parameter that requires a gradient: "
+                "is something detached or under no_grad?"
             )
         if batch.size > 1 and probe is None and self._unknown(recorder, batch.size):
             probe = self._probe(batch)
@@ -109,10 +109,10 @@ class _Computation:
     def _settle(self, recorder: Recorder, losses: Tensor, uses: _Uses, samples: int) -> None:
         """Choose each parameter's way before anything is summed.
 
-        A parameter that an ordinary backward would still reach has a use that no rule saw: it is incomplete, and goes
-        the per-sample way with all its uses.
+        A parameter that an ordinary backward would still reach has a use that no rule saw: what the rules saw of it
+        is incomplete, and it goes the per-sample way with all its uses.
         """
-        slow = {self._names[leaf] for leaf in leaves(losses) & self._names.keys()}
+        slow = {self._names[leaf] for leaf in leaves(losses) & self._names.keys()} | recorder.blind
         kinds: dict[str, list[type[Contribution]]] = defaultdict(list)
         for key, call, lead in recorder.calls:
             for name, kind in call.uses():
@@ -120,12 +120,7 @@ class _Computation:
             layout = self._layouts.get(key)
             if samples == 1 and call.accepts(lead.numel()):
                 uses.splits[key] = _only_sample
-            elif (
-                samples > 1
-                and layout is not None
-                and layout.fits(lead, samples)
-                and call.accepts(layout.places)
-            ):
+            elif samples > 1 and layout is not None and layout.fits(lead, samples) and call.accepts(layout.places):
                 uses.splits[key] = partial(layout.split, samples=samples)
             else:
                 slow.update(name for name, _ in call.uses())
@@ -178,27 +173,29 @@ def diagonal_fisher(
     max_samples: int | None = None,
     progress: Callable[[int, int | None], object] | None = None,
 ) -> DiagonalFisher:
-    """The exact diagonal of the empirical Fisher information, at about the price of one backward pass.
+    r"""The exact diagonal of the empirical Fisher information, at about the price of one backward pass.
 
-    .. math:: F_i = \\frac1N \\sum_{n=1}^N \\Big(\\frac{\\partial}{\\partial\\theta_i} \\log p(y_n \\mid x_n, \\theta)\\Big)^2
+    .. math:: F_i = \frac1N \sum_n \Big(\frac{\partial}{\partial\theta_i} \log p(y_n \mid x_n, \theta)\Big)^2
 
-    (Kirkpatrick et al. 2017; Kunstner et al. 2019, eq. 3). Each sample's *own* gradient is squared, never a batch's mean.
-    It is computed for the model as it is: call ``model.eval()`` first if dropout or batch normalisation are in it. Parameters that require
-    a gradient are computed; tied ones appear once, under their first name.
+    (Kirkpatrick et al. 2017; Kunstner et al. 2019, eq. 3.) Each sample's *own* gradient is squared, never a batch's
+    mean. It is computed for the model as it is: call ``model.eval()`` first if there is dropout or batch
+    normalisation in it. Parameters that require a gradient are computed; tied ones appear once, under their first
+    name.
 
-    Functions that use parameters are seen as they are called, and the per-sample gradients are squared and summed while they are
-    formed. Which rows of an activation belong to which sample is found out on up to three samples of the first batch. Parameters for
-    which that is not certain, or which are used in a way no rule covers, are computed exactly by one backward pass per sample.
+    Functions that use parameters are seen as they are called, and the per-sample gradients are squared and summed
+    while they are formed. Which rows of an activation belong to which sample is found out on up to three samples of
+    the first batch. Parameters for which that is not certain, or which are used in a way that no rule covers, are
+    computed exactly by one backward pass per sample.
 
     Args:
-        model: on one device, in one of float32, float64, bfloat16, float16. It comes back as it was found.
-        batches: pairs ``(inputs, targets)``. ``inputs`` is a tensor, a tuple (``model(*inputs)``) or a mapping (``model(**inputs)``);
-            the first dimension of its tensors counts samples.
+        model: on one device, in float32, float64, bfloat16 or float16. It comes back as it was found.
+        batches: pairs ``(inputs, targets)``. ``inputs`` is a tensor, a tuple (``model(*inputs)``) or a mapping
+            (``model(**inputs)``); the first dimension of its tensors counts samples.
         labels: ``"data"``: the targets that the batches give (the empirical Fisher).
-        loss: ``loss(outputs, targets)`` gives one value per sample, ``[N]``: minus its log-likelihood. Cross-entropy when not
-            given, summed over the places of outputs ``[N, C, *]``.
+        loss: ``loss(outputs, targets)`` gives one value per sample, ``[N]``: minus its log-likelihood. When not
+            given, cross-entropy, summed over the places of outputs ``[N, C, *]``.
         max_samples: stop after exactly so many samples.
-        progress: called after each batch with the samples done and how many there will be, if that is known.
+        progress: called after each batch with the samples done, and how many there will be where that is known.
 
     Returns:
         A mapping from names to tensors of the parameters' shapes, float32 (float64 for float64 parameters), with
@@ -206,9 +203,10 @@ def diagonal_fisher(
 
     Raises:
         TypeError: an argument or a batch is not what it must be.
-        ValueError: an argument's value cannot be used, there are no batches, or the loss does not give one value per sample.
-        RuntimeError: the result would not be exact: samples interact, the model is random or changes its buffers, a loss or
-            gradient is not finite, inference mode or autocast is on.
+        ValueError: an argument's value cannot be used, there are no batches, or the loss does not give one value per
+            sample.
+        RuntimeError: the result would not be exact: samples interact, the model is random or changes its buffers, a
+            loss or gradient is not finite, inference mode or autocast is on.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
@@ -227,9 +225,7 @@ def diagonal_fisher(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, got {_checks.describe(progress)}")
     if not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches must be an iterable of pairs (inputs, targets), got {_checks.describe(batches)}"
-        )
+        raise TypeError(f"batches must be an iterable of pairs (inputs, targets), got {_checks.describe(batches)}")
     params = tracked_parameters(model)
 
     total = batch_reading.count(batches, max_samples)

@@ -1,4 +1,4 @@
-"""Which rows of a tensor belong to which sample: the layouts tried, and the evidence that strikes them out."""
+"""Which rows of a tensor belong to which sample: the layouts tried, the evidence that strikes them out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,10 @@ def established(
     samples: int,
     evidence: Iterable[tuple[int, Tensor]],  # (sample, bool [*lead]: the rows it was seen to touch)
 ) -> Layout | None:
-    """The one layout in which each sample touches its own rows alone; None if several do, if none does, or if no row was touched."""
+    """The one layout in which each sample touches its own rows alone.
+
+    None if that holds for several layouts or for none, or if no row was touched.
+    """
     seen = [(sample, touched) for sample, touched in evidence if bool(touched.any())]
     if not seen:
         return None
@@ -63,9 +66,7 @@ def _explains(layout: Layout, samples: int, sample: int, touched: Tensor) -> boo
     return not bool(by_sample[torch.arange(samples, device=touched.device) != sample].any())
 
 
-def rows_changed(
-    before: Tensor, after: Tensor, lead: int
-) -> Tensor:  # [*lead, *features] twice -> bool [*lead]
+def rows_changed(before: Tensor, after: Tensor, lead: int) -> Tensor:  # [*lead, *features] twice -> bool [*lead]
     """The rows that differ by more than rounding: other kernels may be chosen, so the last bits may vary."""
     if before.is_floating_point():
         magnitude = before.abs().amax() if before.numel() else before.new_zeros(())
@@ -81,5 +82,8 @@ def any_feature(flags: Tensor, lead: int) -> Tensor:  # bool [*lead, *features] 
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """Relative difference that rounding alone may make between two runs on the same shapes: eps to the 2/3 (2.4e-5 in float32)."""
+    """The relative difference between two runs on the same shapes that counts as rounding.
+
+    Epsilon to the 2/3: 2.4e-5 in float32, 3.7e-11 in float64, 0.04 in bfloat16.
+    """
     return float(torch.finfo(dtype).eps) ** (2 / 3)

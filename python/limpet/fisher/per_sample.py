@@ -18,7 +18,7 @@ def add_squares(
     sums: Mapping[str, Tensor],
     expected: Tensor | None,  # [N]: the losses seen in the batch
 ) -> None:
-    """Add the squared gradient of each sample's loss to ``sums``; the loss must be what it was in the batch."""
+    """Add the squared gradient of each sample's loss to ``sums``; that loss must be as ``expected``."""
     for n in range(batch.size):
         value = losses_of(model, batch.take(slice(n, n + 1)), loss)
         if expected is not None:
@@ -44,6 +44,6 @@ def same_loss(alone: Tensor, together: Tensor, batch: Batch, samples: Tensor) ->
     if different.any():
         k = int(different.nonzero()[0])
         raise RuntimeError(
-            f"the loss or the model mixes samples: in batch {batch.number} the loss of sample {int(samples[k])} is "
-            f"{together[k].item():.6g} among all {batch.size} and {alone[k].item():.6g} without the others"
+            f"the loss or the model mixes samples: in batch {batch.number} the loss of sample {int(samples[k])} "
+            f"is {together[k].item():.6g} among all {batch.size} and {alone[k].item():.6g} without the others"
         )

@@ -1,8 +1,8 @@
 """Find out which rows of each call belong to which sample, on a few samples of a batch.
 
 The samples are run together; then two of them in turn are replaced by another one, and every row that changes was
-touched by the replaced sample; finally the gradient of one sample's loss shows the rows through which that sample reaches it.
-A layout must explain all of it.
+touched by the replaced sample; and the gradient of one sample's loss shows the rows through which that loss is
+reached. A layout must explain all of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _TRACED = 1  # the sample whose gradient is followed
 
 
 class Probe:
-    """The layouts of a batch's calls; :attr:`layouts` holds None where none or several explain what was seen."""
+    """The layouts of a batch's calls: None in :attr:`layouts` where none or several explain what was seen."""
 
     def __init__(self, model: nn.Module, batch: Batch, loss: Loss, names: Mapping[int, str]) -> None:
         self._names, self._model, self._loss = names, model, loss
@@ -45,8 +45,7 @@ class Probe:
             torch.autograd.grad(losses, traced.anchor, one, allow_unused=True)
         del losses, traced
         mixed = [
-            self._replace(sample, by)
-            for sample, by in ((0, 1), (1, self._few.size - 1 if self._few.size > 2 else 0))
+            self._replace(sample, by) for sample, by in ((0, 1), (1, self._few.size - 1 if self._few.size > 2 else 0))
         ]
 
         self.layouts: dict[Key, Layout | None] = {
@@ -93,6 +92,4 @@ class Probe:
                 raise RuntimeError(
                     f"the loss or the model mixes samples: they interact at or before {module or 'the model itself'!r}"
                 )
-        raise RuntimeError(
-            "the loss or the model mixes samples: a sample's loss changes with the others in its batch"
-        )
+        raise RuntimeError("the loss or the model mixes samples: a sample's loss changes with the others in its batch")

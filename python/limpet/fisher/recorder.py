@@ -1,4 +1,4 @@
-"""The function mode that sees each use of a parameter in forward, and hears its output's gradient in backward."""
+"""The function mode that sees each use of a parameter in forward, and its output's gradient in backward."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from torch.overrides import TorchFunctionMode
 from limpet.fisher.rules import RULES, Call
 from limpet.fisher.rules.base import Saved
 
-# A call is known again in another forward pass by its function, its parameters, its leading dimensions, and the how-manyth it is.
+# What identifies a call in every forward pass: its function, its parameters (weight, bias), how many leading dimensions
+# it has, and how many such calls came before it.
 Key = tuple[str, str | None, str | None, int, int]
 
 
 class Recorder(TorchFunctionMode):
-    """Active during one forward pass: every intercepted call is computed by its rule and kept in :attr:`calls`.
+    """Active during one forward pass: computes every intercepted call by its rule, and keeps it in :attr:`calls`.
 
     Args:
         names: ``id`` of each tracked parameter to its name.
@@ -27,8 +28,10 @@ class Recorder(TorchFunctionMode):
         on_backward: called with key, call, the output's gradient and what the rule saved.
 
     Attributes:
-        anchor: a leaf to differentiate with respect to. Every recorded call leads to it, nothing else does, and its own
-            gradient is never formed; so the parameters' hooks and ``.grad`` are not touched.
+        anchor: a leaf to differentiate with respect to. Every recorded call leads to it, nothing else does, and its
+            own gradient is never formed; so the parameters' hooks and ``.grad`` are not touched.
+        blind: parameters used while gradients were off. Their function may run again in backward (checkpointing, a
+            custom ``autograd.Function``), where nobody watches.
     """
 
     def __init__(
@@ -41,6 +44,7 @@ class Recorder(TorchFunctionMode):
         self.names, self.on_forward, self.on_backward = names, on_forward, on_backward
         self.anchor = torch.empty(0, requires_grad=True)
         self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
+        self.blind: set[str] = set()
         self._seen: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -50,6 +54,9 @@ class Recorder(TorchFunctionMode):
         if found is None:
             return func(*args, **(kwargs or {}))
         x, call = found
+        if not torch.is_grad_enabled():
+            self.blind.update(name for name, _ in call.uses())
+            return func(*args, **(kwargs or {}))
         key = (
             call.function,
             call.weight,

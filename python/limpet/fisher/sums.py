@@ -17,9 +17,7 @@ class Sums:
     """``sum_n g_n^2`` per parameter, in float32 (float64 for float64 parameters)."""
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.running = {
-            name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()
-        }
+        self.running = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
         self._totals: dict[str, Tensor] | None = None
         self._batches = self._checked = 0
 

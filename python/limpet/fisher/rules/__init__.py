@@ -1,7 +1,7 @@
 """Rules: for each function that uses parameters, how it is computed and what it adds to their sums.
 
-A rule computes the function as torch does, returns the *input's* gradient in backward, and describes each parameter's
-use as a contribution; the parameter's own gradient is never formed.
+A rule computes the function as torch does, returns the *input's* gradient in backward, and describes each
+parameter's use as a contribution; the parameter's own gradient is never formed.
 """
 
 from limpet.fisher.rules import conv, linear, norm

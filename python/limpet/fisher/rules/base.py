@@ -61,15 +61,15 @@ class Call(ABC):
             self.bias = None
 
 
-# A rule reads the function's own arguments; None where it does not apply, and the function then runs as it is.
-# It returns the input (which may have been padded) and the call.
+# A rule reads the function's own arguments and returns the input (which may have been padded) and the call; or None
+# where it does not apply: the function then runs as it is.
 Rule = Callable[..., tuple[Tensor, Call] | None]
 
 
 def tracked(
     names: Mapping[int, str], weight: Tensor | None, bias: Tensor | None
 ) -> tuple[str | None, str | None] | None:
-    """The names of the two parameters, or None unless one is tracked and the other is tracked or needs no gradient."""
+    """The names of both; None unless one is tracked and the other is tracked too or needs no gradient."""
     weight_name, bias_name = names.get(id(weight)), names.get(id(bias))
     if weight_name is None:
         if bias_name is None or (weight is not None and weight.requires_grad):

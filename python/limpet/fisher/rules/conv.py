@@ -121,9 +121,7 @@ def _conv(dims: int, transposed: bool) -> Rule:
             input, pads = _string_padding(padding, input, weight.shape[2:], dilations)
         else:
             pads = sizes(padding)
-        call = Conv(
-            found, weight, bias, sizes(stride), pads, dilations, sizes(output_padding), groups, transposed
-        )
+        call = Conv(found, weight, bias, sizes(stride), pads, dilations, sizes(output_padding), groups, transposed)
         return input, call
 
     def conv(
@@ -157,7 +155,7 @@ def _conv(dims: int, transposed: bool) -> Rule:
 def _string_padding(
     padding: str, input: Tensor, kernel_size: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, list[int]]:
-    """``"valid"`` and ``"same"`` as numbers; where ``"same"`` needs one more on the right, the input is padded by it."""
+    """``"valid"`` and ``"same"`` as numbers; what ``"same"`` needs more on the right is padded to the input."""
     if padding == "valid":
         return input, [0] * len(kernel_size)
     total = [d * (k - 1) for d, k in zip(dilation, kernel_size, strict=True)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,9 +17,7 @@ class Linear(Call):
     function = "linear"
     weight_kind, bias_kind = Matrix, Vector
 
-    def __init__(
-        self, names: tuple[str | None, str | None], lead: int, weight: Tensor, bias: Tensor | None
-    ) -> None:
+    def __init__(self, names: tuple[str | None, str | None], lead: int, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(*names, lead)
         self.w, self.b = weight, bias  # [O, I], [O]
 
@@ -79,14 +76,12 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> tuple[Tensor, Call] | None:
-    """``F.embedding``; ``scale_grad_by_freq`` counts over the whole batch and is left to the per-sample way."""
+    """``F.embedding``; with ``scale_grad_by_freq``, which counts over the batch, only per sample."""
     name = names.get(id(weight))
     if name is None or weight.dim() != 2:
         return None
     if max_norm is not None:
-        raise RuntimeError(
-            f"{name!r} is an embedding with max_norm={max_norm}, which changes the weights in forward"
-        )
+        raise RuntimeError(f"{name!r} is an embedding with max_norm={max_norm}, which changes the weights in forward")
     if scale_grad_by_freq:
         return None
     if padding_idx is not None and padding_idx < 0:

@@ -20,14 +20,12 @@ class _Norm(Call):
 
     weight_kind, bias_kind = Vector, Vector
 
-    def __init__(
-        self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float
-    ) -> None:
+    def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__(*names, lead)
         self.w, self.b, self.eps = weight, bias, eps
 
 
-# --- over the last dimensions ----------------------------------------------------------------------------------------
+# --- over the last dimensions -------------------------------------------------------------------------------
 
 
 class LayerNorm(_Norm):
@@ -59,7 +57,7 @@ class LayerNorm(_Norm):
     def normalised(self, saved: Saved) -> Tensor:
         """``xhat``."""
         x, mean, rstd = saved
-        return (x - mean).mul_(rstd)
+        return (x.to(wide(x.dtype)) - mean).mul_(rstd)
 
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
         d = split(dy.flatten(self.lead))
@@ -129,7 +127,7 @@ def rms_norm(
     return input, RMSNorm(found, input.dim() - len(shape), weight, None, epsilon, shape)
 
 
-# --- over channels ---------------------------------------------------------------------------------------------------
+# --- over channels ------------------------------------------------------------------------------------------
 
 
 def channels(rows: Tensor, dims: int) -> Tensor:  # [N, C, *] or [N, T, C, *] -> [N, C, *]
@@ -163,7 +161,7 @@ class BatchNorm(_Norm):
         d = channels(split(dy), dy.dim())
         if self.weight is not None:
             # The constant 1/std per channel stays outside the sum: one pass over the activations less.
-            centred = saved[0] - self.mean.view(-1, *[1] * (dy.dim() - 2))
+            centred = saved[0].to(wide(dy.dtype)) - self.mean.view(-1, *[1] * (dy.dim() - 2))
             yield (
                 self.weight,
                 Vector(d.to(centred.dtype), channels(split(centred), dy.dim()), 1, self._rstd()),
@@ -200,9 +198,7 @@ class GroupNorm(_Norm):
 
     function = "group_norm"
 
-    def __init__(
-        self, names: Names, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int
-    ) -> None:
+    def __init__(self, names: Names, weight: Tensor | None, bias: Tensor | None, eps: float, groups: int) -> None:
         super().__init__(names, 1, weight, bias, eps)
         self.groups = groups
 
@@ -223,7 +219,7 @@ class GroupNorm(_Norm):
         d = channels(split(dy), dy.dim())
         if self.weight is not None:
             x, mean, rstd = saved  # [N, C, *], [N, G], [N, G]
-            grouped = x.reshape(x.shape[0], self.groups, -1)
+            grouped = x.to(wide(x.dtype)).reshape(x.shape[0], self.groups, -1)
             xhat = (grouped - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1)).view(x.shape)
             yield self.weight, Vector(d.to(xhat.dtype), channels(split(xhat), dy.dim()), 1)
         if self.bias is not None:
@@ -264,7 +260,7 @@ def instance_norm(
     return group_norm(names, input, input.shape[1], weight, bias, eps)
 
 
-# --- PReLU -----------------------------------------------------------------------------------------------------------
+# --- PReLU --------------------------------------------------------------------------------------------------
 
 
 class PReLU(Call):
