@@ -27,7 +27,7 @@ constexpr int kNR = kNV * lanes<S>;
 
 constexpr std::int64_t kChunkRows = 512;   // places (samples x T) that are packed together
 constexpr std::int64_t kSegment = 1024;    // longest run of places of one sample
-constexpr std::int64_t kBlockPanels = 16;  // row panels that share a column panel while it is in the L2 cache
+constexpr std::int64_t kPacked = 2 << 20;  // elements packed between two barriers: a few MB, so that barriers are rare
 
 LIMPET_FORMULA std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -90,6 +90,7 @@ void run_tile(const Tile<S>& tile, int v0) {
 
     const S* rows[MR];
     for (int r = 0; r < MR; ++r) rows[r] = tile.rows[r] + n * tile.row_sample;
+#pragma GCC unroll 4
     for (std::int64_t t = 0; t < tile.places; ++t, columns += tile.width) {
       const std::int64_t offset = tile.offsets[t];
       V column[NV];
@@ -169,6 +170,12 @@ LIMPET_FORMULA std::int64_t panel_offset(std::int64_t panel, std::int64_t rows) 
 template <class S>
 LIMPET_FORMULA std::int64_t panels_size(std::int64_t columns, std::int64_t rows) {
   return ceil_div(columns, lanes<S>) * lanes<S> * rows;
+}
+
+// Tiles are shared out in runs of a fixed order: long ones, so that a thread stays with the same packed columns, and
+// two per thread, so that one that was held up can be helped.
+LIMPET_FORMULA std::int64_t tile_runs(int threads) {
+  return threads == 1 ? 1 : 2 * threads;
 }
 
 // Threads worth waking for `work` multiplications. Results do not depend on it.

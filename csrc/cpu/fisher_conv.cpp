@@ -25,40 +25,33 @@ struct Shape {
   }
 };
 
-// Workspace: panels of columns | padded input | offsets of places | offsets of rows | carry.
+// Workspace: panels of columns | padded input | offsets of places | offsets of rows | carry. The first two hold a
+// batch: as many chunks of samples, with all their segments, as fit into kPacked.
 template <class S>
 struct Layout {
-  std::int64_t group_panels;                              // elements of one group's column panels
-  std::int64_t columns, input, places, rows, carry, end;  // in bytes
+  std::int64_t group_panels, segment_panels, chunk_panels;  // elements of a group's, a segment's, a chunk's panels
+  std::int64_t batch;                                       // samples at a time
+  std::int64_t columns, input, places, rows, carry, end;    // in bytes
 
   Layout(const ConvArgs& args, const Shape& shape) {
     const auto bytes = [](std::int64_t n, std::int64_t size) { return ceil_div(n * size, 64) * 64; };
     const std::int64_t size = sizeof(S);
     group_panels = panels_size<S>(shape.columns, shape.chunks.rows());
+    segment_panels = group_panels * args.groups;
+    chunk_panels = segment_panels * shape.chunks.segments;
+    const std::int64_t images = shape.chunks.samples * args.in_channels * shape.image;
+    const std::int64_t chunks =
+        max_of(1, min_of(ceil_div(args.samples, shape.chunks.samples), kPacked / (chunk_panels + images)));
+    batch = chunks * shape.chunks.samples;
     columns = 0;
-    input = columns + bytes(group_panels * args.groups, size);
-    places = input + bytes(shape.chunks.samples * args.in_channels * shape.image, size);
+    input = columns + bytes(chunk_panels * chunks, size);
+    places = input + bytes(images * chunks, size);
     rows = places + bytes(shape.places, 8);
     carry = rows + bytes(shape.rows, 8);
     const std::int64_t tiles = args.groups * ceil_div(shape.rows, kMR) * ceil_div(shape.columns, kNR<S>);
     end = carry + (shape.chunks.segments > 1 ? bytes(tiles * kMR * kNR<S>, size) : 0);
   }
 };
-
-// How the row panels and column panels of one chunk are cut into jobs for threads.
-struct Grid {
-  std::int64_t row_panels, column_panels, block, row_blocks, column_groups;
-  std::int64_t jobs() const { return row_blocks * column_groups; }
-};
-
-template <class S>
-LIMPET_FORMULA Grid grid(std::int64_t rows, std::int64_t columns, int threads) {
-  const std::int64_t row_panels = ceil_div(rows, kMR), column_panels = ceil_div(columns, kNR<S>);
-  const std::int64_t wanted = threads > 1 ? 8 * threads : 1;
-  const std::int64_t block = max_of(1, min_of(kBlockPanels, row_panels / wanted));
-  const std::int64_t row_blocks = ceil_div(row_panels, block);
-  return {row_panels, column_panels, block, row_blocks, min_of(column_panels, ceil_div(wanted, row_blocks))};
-}
 
 // The step of `places` in the padded input, and of a group's `rows`, from the channel's first element.
 void fill_offsets(const ConvArgs& args, const Shape& shape, std::int64_t* places, std::int64_t* rows) {
@@ -133,59 +126,67 @@ void contract(const ConvArgs& args) {
   const std::int64_t sample_image = args.in_channels * shape.image;
   const std::int64_t group_channels = args.in_channels / args.groups;
   const int threads = worthwhile(args.threads, args.samples * shape.places * shape.rows * args.out_channels);
-  const Grid jobs = grid<S>(shape.rows, shape.columns, threads);
+  const std::int64_t row_panels = ceil_div(shape.rows, kMR), panels = ceil_div(shape.columns, kNR<S>);
 
-  for (std::int64_t n0 = 0; n0 < args.samples; n0 += chunks.samples)
-    for (std::int64_t t0 = 0; t0 < shape.places; t0 += chunks.segment) {
-      const std::int64_t samples = min_of(chunks.samples, args.samples - n0);
-      const std::int64_t places = min_of(chunks.segment, shape.places - t0);
-      const std::int64_t rows = samples * places;
-      const Stored* const d = static_cast<const Stored*>(args.output_grad) + n0 * args.output_grad_strides[0];
-      const Stored* const x = static_cast<const Stored*>(args.input) + n0 * args.input_strides[0];
+  for (std::int64_t n0 = 0; n0 < args.samples; n0 += layout.batch) {
+    const std::int64_t batch = min_of(layout.batch, args.samples - n0);
+    const Stored* const d = static_cast<const Stored*>(args.output_grad) + n0 * args.output_grad_strides[0];
+    const Stored* const x = static_cast<const Stored*>(args.input) + n0 * args.input_strides[0];
+    // Where sample n's panels of group g lie: chunks, segments, groups, panels, then the chunk's samples.
+    const auto panels_of = [&](std::int64_t chunk, std::int64_t segment, std::int64_t g) {
+      return column_panels + chunk * layout.chunk_panels + segment * layout.segment_panels + g * layout.group_panels;
+    };
+    const auto samples_of = [&](std::int64_t chunk) { return min_of(chunks.samples, batch - chunk * chunks.samples); };
+    const auto places_of = [&](std::int64_t segment) {
+      return min_of(chunks.segment, shape.places - segment * chunks.segment);
+    };
 
-      if (t0 == 0)
-        parallel_for(threads, samples * args.in_channels, [&](std::int64_t i, int) {
-          const std::int64_t n = i / args.in_channels, c = i % args.in_channels;
-          pad(args, shape, x + n * args.input_strides[0] + c * args.input_strides[1], padded + i * shape.image);
-        });
-      parallel_for(threads, args.groups * jobs.column_panels * samples, [&](std::int64_t i, int) {
-        const std::int64_t n = i % samples, p = i / samples % jobs.column_panels, g = i / samples / jobs.column_panels;
-        const std::int64_t first = p * kNR<S>;
-        const std::int64_t width = panel_vectors<S>(shape.columns, first) * lanes<S>;
-        pack_columns(args,
-                     d + n * args.output_grad_strides[0] + (g * shape.columns + first) * args.output_grad_strides[1],
-                     t0, places, min_of(width, shape.columns - first), width,
-                     column_panels + g * layout.group_panels + panel_offset<S>(p, rows) + n * places * width);
-      });
-
-      parallel_for(threads, args.groups * jobs.jobs(), [&](std::int64_t job, int) {
-        const std::int64_t g = job / jobs.jobs();
-        const std::int64_t row_block = job % jobs.jobs() / jobs.column_groups;
-        const std::int64_t column_group = job % jobs.column_groups;
-        const std::int64_t panel0 = row_block * jobs.block;
-        const std::int64_t panels = min_of(jobs.block, jobs.row_panels - panel0);
-        const std::int64_t q0 = jobs.column_panels * column_group / jobs.column_groups;
-        const std::int64_t q1 = jobs.column_panels * (column_group + 1) / jobs.column_groups;
-        for (std::int64_t q = q0; q < q1; ++q)
+    parallel_for(threads, batch, [&](std::int64_t n, int) {
+      for (std::int64_t c = 0; c < args.in_channels; ++c)
+        pad(args, shape, x + n * args.input_strides[0] + c * args.input_strides[1],
+            padded + n * sample_image + c * shape.image);
+      const std::int64_t chunk = n / chunks.samples, within = n % chunks.samples;
+      for (std::int64_t segment = 0; segment < chunks.segments; ++segment)
+        for (std::int64_t g = 0; g < args.groups; ++g)
           for (std::int64_t p = 0; p < panels; ++p) {
-            const std::int64_t row = (panel0 + p) * kMR, column = q * kNR<S>;
+            const std::int64_t first = p * kNR<S>, places = places_of(segment);
+            const std::int64_t width = panel_vectors<S>(shape.columns, first) * lanes<S>;
+            pack_columns(
+                args, d + n * args.output_grad_strides[0] + (g * shape.columns + first) * args.output_grad_strides[1],
+                segment * chunks.segment, places, min_of(width, shape.columns - first), width,
+                panels_of(chunk, segment, g) + panel_offset<S>(p, samples_of(chunk) * places) +
+                    within * places * width);
+          }
+    });
+
+    // Tiles are numbered group by group, column panel by column panel.
+    const std::int64_t tiles = args.groups * panels * row_panels, tile_jobs = min_of(tiles, tile_runs(threads));
+    parallel_for(threads, tile_jobs, [&](std::int64_t job, int) {
+      const std::int64_t tile0 = tiles * job / tile_jobs, tile1 = tiles * (job + 1) / tile_jobs;
+      for (std::int64_t chunk = 0; chunk * chunks.samples < batch; ++chunk)
+        for (std::int64_t segment = 0; segment < chunks.segments; ++segment)
+          for (std::int64_t index = tile0; index < tile1; ++index) {
+            const std::int64_t row = index % row_panels * kMR, q = index / row_panels % panels, column = q * kNR<S>;
+            const std::int64_t g = index / row_panels / panels;
             const int height = static_cast<int>(min_of(kMR, shape.rows - row));
+            const int vectors = panel_vectors<S>(shape.columns, column);
             alignas(64) S sum[kMR * kNR<S>] = {};
             Tile<S> tile;
             for (int r = 0; r < kMR; ++r)
-              tile.rows[r] = padded + g * group_channels * shape.image + row_offsets[row + min_of(r, height - 1)];
+              tile.rows[r] = padded + chunk * chunks.samples * sample_image + g * group_channels * shape.image +
+                             row_offsets[row + min_of(r, height - 1)];
             tile.row_sample = sample_image;
-            tile.offsets = place_offsets + t0;
-            tile.columns = column_panels + g * layout.group_panels + panel_offset<S>(q, rows);
-            tile.width = panel_vectors<S>(shape.columns, column) * lanes<S>;
-            tile.samples = samples;
-            tile.places = places;
+            tile.offsets = place_offsets + segment * chunks.segment;
+            tile.samples = samples_of(chunk);
+            tile.places = places_of(segment);
+            tile.columns = panels_of(chunk, segment, g) + panel_offset<S>(q, tile.samples * tile.places);
+            tile.width = vectors * lanes<S>;
             tile.sum = sum;
             tile.squares = true;
-            tile.carry = carry + ((g * jobs.row_panels + panel0 + p) * jobs.column_panels + q) * kMR * kNR<S>;
-            tile.first = t0 == 0;
-            tile.last = t0 + places == shape.places;
-            run_tile(tile, height, panel_vectors<S>(shape.columns, column));
+            tile.carry = carry + index * kMR * kNR<S>;
+            tile.first = segment == 0;
+            tile.last = segment + 1 == chunks.segments;
+            run_tile(tile, height, vectors);
             if (!tile.last) continue;
 
             const std::int64_t width = min_of(kNR<S>, shape.columns - column);
@@ -194,8 +195,8 @@ void contract(const ConvArgs& args) {
               for (int r = 0; r < height; ++r) to[r] += sum[r * kNR<S> + c];
             }
           }
-      });
-    }
+    });
+  }
 }
 
 std::int64_t conv_workspace(const ConvArgs& args) {

@@ -19,25 +19,31 @@ struct Shape {
         chunks(squares ? chunking(samples, places) : Chunking{1, min_of(kChunkRows, places), 1}) {
     if (!squares) chunks.segments = ceil_div(places, max_of(1, chunks.segment));
   }
+
+  bool carried() const { return squares && chunks.segments > 1; }
+  std::int64_t count() const { return ceil_div(samples, max_of(1, chunks.samples)) * chunks.segments; }
 };
 
 constexpr std::int64_t kRowBlock = 340 * kMR;  // rows that are packed at a time: bounds the workspace
 
-// Workspace: panels of rows, shared | a panel of columns per thread | offsets | carry.
+// Workspace: panels of rows for several chunks, shared | a panel of columns per thread | offsets | carry.
 template <class S>
 struct Layout {
+  std::int64_t slot, slots;  // elements of one chunk's row panels; chunks at a time
   std::int64_t rows, columns, column_panel, offsets, carry, end;  // in bytes
 
   Layout(const LinearArgs& args, const Shape& shape) {
     const std::int64_t places = shape.chunks.rows();
     const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
+    slot = min_of(kRowBlock, ceil_div(args.rows, kMR) * kMR) * places + lanes<S>;
+    slots = max_of(1, min_of(shape.count(), kPacked / slot));
     rows = 0;
-    columns = rows + bytes(min_of(kRowBlock, ceil_div(args.rows, kMR) * kMR) * places + lanes<S>);
+    columns = rows + bytes(slot * slots);
     column_panel = bytes(kNR<S> * places);
     offsets = columns + column_panel * max_of(1, args.threads);
     carry = offsets + ceil_div(shape.chunks.segment * 8, 64) * 64;
-    const bool carried = shape.squares && shape.chunks.segments > 1;
-    end = carry + (carried ? bytes(ceil_div(args.rows, kMR) * kMR * ceil_div(args.columns, kNR<S>) * kNR<S>) : 0);
+    end =
+        carry + (shape.carried() ? bytes(ceil_div(args.rows, kMR) * kMR * ceil_div(args.columns, kNR<S>) * kNR<S>) : 0);
   }
 };
 
@@ -63,83 +69,92 @@ void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std:
   }
 }
 
+// A chunk: samples [n, n + samples), of each the places [t, t + places).
+struct Chunk {
+  std::int64_t n, t, samples, places;
+
+  Chunk(const Shape& shape, std::int64_t index)
+      : n(index / shape.chunks.segments * shape.chunks.samples),
+        t(index % shape.chunks.segments * shape.chunks.segment),
+        samples(min_of(shape.chunks.samples, shape.samples - n)),
+        places(min_of(shape.chunks.segment, shape.places - t)) {}
+};
+
 template <class Stored>
 void contract(const LinearArgs& args) {
   using S = Compute<Stored>;
   const Shape shape(args);
   const Layout<S> layout(args, shape);
-  const Chunking& chunks = shape.chunks;
   char* const workspace = static_cast<char*>(args.workspace);
   S* const row_panels = reinterpret_cast<S*>(workspace + layout.rows);
   std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(workspace + layout.offsets);
   S* const carry = reinterpret_cast<S*>(workspace + layout.carry);
   S* const total = static_cast<S*>(args.total);
-  const bool carried = shape.squares && chunks.segments > 1;
 
   // T = 1: the samples are the places.
   const std::int64_t* const dn = args.output_grad_strides;
   const std::int64_t* const an = args.input_strides;
   const std::int64_t d_place = shape.squares ? dn[1] : dn[0], d_sample = shape.squares ? dn[0] : 0;
   const std::int64_t a_place = shape.squares ? an[1] : an[0], a_sample = shape.squares ? an[0] : 0;
+  const Stored* const d = static_cast<const Stored*>(args.output_grad);
+  const Stored* const a = static_cast<const Stored*>(args.input);
 
   const int threads = worthwhile(args.threads, args.samples * args.places * args.rows * args.columns);
   const std::int64_t column_panels = ceil_div(args.columns, kNR<S>);
-  for (std::int64_t t = 0; t < chunks.segment; ++t) offsets[t] = t * kMR;
+  for (std::int64_t t = 0; t < shape.chunks.segment; ++t) offsets[t] = t * kMR;
 
-  for (std::int64_t n0 = 0; n0 < shape.samples; n0 += chunks.samples)
-    for (std::int64_t t0 = 0; t0 < shape.places; t0 += chunks.segment)
-      for (std::int64_t row0 = 0; row0 < args.rows; row0 += kRowBlock) {
-        const std::int64_t samples = min_of(chunks.samples, shape.samples - n0);
-        const std::int64_t places = min_of(chunks.segment, shape.places - t0);
-        const std::int64_t panel_rows = samples * places;
-        const std::int64_t panels = ceil_div(min_of(kRowBlock, args.rows - row0), kMR);
-        const Stored* const d = static_cast<const Stored*>(args.output_grad) + n0 * d_sample + t0 * d_place;
-        const Stored* const a = static_cast<const Stored*>(args.input) + n0 * a_sample + t0 * a_place;
+  for (std::int64_t row0 = 0; row0 < args.rows; row0 += kRowBlock)
+    for (std::int64_t chunk0 = 0; chunk0 < shape.count(); chunk0 += layout.slots) {
+      const std::int64_t slots = min_of(layout.slots, shape.count() - chunk0);
+      const std::int64_t panels = ceil_div(min_of(kRowBlock, args.rows - row0), kMR);
 
-        // Jobs of whole column panels where they are enough to share out, else of parts of the rows too.
-        const std::int64_t groups =
-            threads == 1 ? 1 : max_of(1, min_of(panels / kBlockPanels, ceil_div(8 * threads, column_panels)));
-        // `pack` may run over into the next panel, so a thread packs a run of panels in order, and its last one
-        // value by value.
-        const std::int64_t runs = min_of(panels, threads);
-        parallel_for(threads, runs, [&](std::int64_t run, int) {
-          const std::int64_t end = panels * (run + 1) / runs;
-          for (std::int64_t p = panels * run / runs; p < end; ++p) {
-            const std::int64_t row = row0 + p * kMR;
-            for (std::int64_t n = 0; n < samples; ++n)
-              pack(d + n * d_sample + row * dn[2], dn[2], d_place, places, min_of(kMR, args.rows - row),
-                   p + 1 < end ? args.rows - row : min_of(kMR, args.rows - row), kMR, !shape.squares,
-                   row_panels + (p * panel_rows + n * places) * kMR);
-          }
-        });
+      // `pack` may run over into the next panel: a job packs a run of panels in order, its last one value by value.
+      const std::int64_t runs = min_of(panels, ceil_div(4 * threads, slots));
+      parallel_for(threads, slots * runs, [&](std::int64_t job, int) {
+        const std::int64_t slot = job / runs, run = job % runs, end = panels * (run + 1) / runs;
+        const Chunk chunk(shape, chunk0 + slot);
+        for (std::int64_t p = panels * run / runs; p < end; ++p) {
+          const std::int64_t row = row0 + p * kMR, count = min_of(kMR, args.rows - row);
+          S* const to = row_panels + slot * layout.slot + p * chunk.samples * chunk.places * kMR;
+          for (std::int64_t n = 0; n < chunk.samples; ++n)
+            pack(d + (chunk.n + n) * d_sample + chunk.t * d_place + row * dn[2], dn[2], d_place, chunk.places, count,
+                 p + 1 < end ? args.rows - row : count, kMR, !shape.squares, to + n * chunk.places * kMR);
+        }
+      });
 
-        parallel_for(threads, column_panels * groups, [&](std::int64_t job, int worker) {
-          const std::int64_t q = job / groups, group = job % groups, column = q * kNR<S>;
-          const int vectors = panel_vectors<S>(args.columns, column);
-          const std::int64_t width = vectors * lanes<S>, count = min_of(width, args.columns - column);
-          S* const panel = reinterpret_cast<S*>(workspace + layout.columns + layout.column_panel * worker);
-          for (std::int64_t n = 0; n < samples; ++n)
-            pack(a + n * a_sample + column * an[2], an[2], a_place, places, count, count, width, !shape.squares,
-                 panel + n * places * width);
+      // Tiles are numbered column panel by column panel. A run of them packs each column panel that it enters.
+      const std::int64_t tiles = column_panels * panels, tile_jobs = min_of(tiles, tile_runs(threads));
+      parallel_for(threads, tile_jobs, [&](std::int64_t job, int worker) {
+        S* const panel = reinterpret_cast<S*>(workspace + layout.columns + layout.column_panel * worker);
+        const std::int64_t tile0 = tiles * job / tile_jobs, tile1 = tiles * (job + 1) / tile_jobs;
+        for (std::int64_t slot = 0; slot < slots; ++slot) {
+          const Chunk chunk(shape, chunk0 + slot);
+          for (std::int64_t index = tile0; index < tile1; ++index) {
+            const std::int64_t q = index / panels, p = index % panels;
+            const std::int64_t column = q * kNR<S>, row = row0 + p * kMR;
+            const int vectors = panel_vectors<S>(args.columns, column);
+            const std::int64_t width = vectors * lanes<S>, count = min_of(width, args.columns - column);
+            if (p == 0 || index == tile0)
+              for (std::int64_t n = 0; n < chunk.samples; ++n)
+                pack(a + (chunk.n + n) * a_sample + chunk.t * a_place + column * an[2], an[2], a_place, chunk.places,
+                     count, count, width, !shape.squares, panel + n * chunk.places * width);
 
-          const std::int64_t p1 = panels * (group + 1) / groups;
-          for (std::int64_t p = panels * group / groups; p < p1; ++p) {
-            const std::int64_t row = row0 + p * kMR;
             const int height = static_cast<int>(min_of(kMR, args.rows - row));
+            const S* const rows = row_panels + slot * layout.slot + p * chunk.samples * chunk.places * kMR;
             alignas(64) S sum[kMR * kNR<S>] = {};
             Tile<S> tile;
-            for (int r = 0; r < kMR; ++r) tile.rows[r] = row_panels + p * panel_rows * kMR + r;
-            tile.row_sample = places * kMR;
+            for (int r = 0; r < kMR; ++r) tile.rows[r] = rows + r;
+            tile.row_sample = chunk.places * kMR;
             tile.offsets = offsets;
             tile.columns = panel;
             tile.width = width;
-            tile.samples = samples;
-            tile.places = places;
+            tile.samples = chunk.samples;
+            tile.places = chunk.places;
             tile.sum = sum;
             tile.squares = shape.squares;
-            tile.carry = carried ? carry + (row / kMR * column_panels + q) * kMR * kNR<S> : nullptr;
-            tile.first = !carried || t0 == 0;
-            tile.last = !carried || t0 + places == shape.places;
+            tile.carry = shape.carried() ? carry + (row / kMR * column_panels + q) * kMR * kNR<S> : nullptr;
+            tile.first = !shape.carried() || chunk.t == 0;
+            tile.last = !shape.carried() || chunk.t + chunk.places == shape.places;
             run_tile(tile, height, vectors);
             if (!tile.last) continue;
 
@@ -148,8 +163,9 @@ void contract(const LinearArgs& args) {
               for (std::int64_t c = 0; c < count; ++c) to[c] += sum[r * kNR<S> + c];
             }
           }
-        });
-      }
+        }
+      });
+    }
 }
 
 std::int64_t linear_workspace(const LinearArgs& args) {
