@@ -27,7 +27,7 @@ constexpr int kNR = kNV * lanes<S>;
 
 constexpr std::int64_t kChunkRows = 512;   // places (samples x T) that are packed together
 constexpr std::int64_t kSegment = 1024;    // longest run of places of one sample
-constexpr std::int64_t kPacked = 2 << 20;  // elements packed between two barriers: a few MB, so that barriers are rare
+constexpr std::int64_t kPacked = 1 << 19;  // elements packed between two barriers: a few MB, so that barriers are rare
 
 LIMPET_FORMULA std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
@@ -57,7 +57,7 @@ LIMPET_FORMULA Chunking chunking(std::int64_t samples, std::int64_t places) {
 // Below this many places per sample, reading and writing the sums of squares for every sample would cost more than a
 // narrower tile does, whose sums stay in registers beside the products (measured; it needs 32 registers).
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr std::int64_t kFewPlaces = 32;
+constexpr std::int64_t kFewPlaces = 64;
 #else
 constexpr std::int64_t kFewPlaces = 0;
 #endif
