@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from limpet import _checks, _core, _launch, reference
-from limpet.ops._library import LIBRARY, define
+from limpet.ops._library import LIBRARY, define, serve_by_triton
 
 # --- schemas, reference backend, fakes -------------------------------------------------------------------------------
 
@@ -59,6 +59,18 @@ _conv = torch.ops.limpet.sum_grad_squared_conv_.default
 _bias = torch.ops.limpet.sum_grad_squared_bias_.default
 _scale = torch.ops.limpet.sum_grad_squared_scale_.default
 _embedding = torch.ops.limpet.sum_grad_squared_embedding_.default
+
+
+# --- GPU -------------------------------------------------------------------------------------------------------------
+
+for _kind, _module in (
+    ("linear", "fisher"),
+    ("conv", "fisher_conv"),
+    ("bias", "fisher_channel"),
+    ("scale", "fisher_channel"),
+    ("embedding", "fisher_embedding"),
+):
+    serve_by_triton(f"sum_grad_squared_{_kind}_", f"limpet.triton_kernels.{_module}")
 
 
 # --- CPU -------------------------------------------------------------------------------------------------------------

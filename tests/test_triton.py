@@ -1,0 +1,168 @@
+"""The Triton kernels in Triton's interpreter, on the CPU, against the reference in float64.
+
+Whether a kernel is interpreted is decided when it is decorated, for the whole process. So this file runs
+itself once more in a process of its own; only there, with TRITON_INTERPRET=1, are the tests below defined.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from typing import Any
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+TRITON, NUMPY = (tuple(map(int, version(name).split(".")[:2])) for name in ("triton", "numpy"))
+if TRITON < (3, 9) and NUMPY >= (2, 4):  # the pair was tried with triton 3.6
+    pytest.skip("the interpreter of this triton does not work with this numpy", allow_module_level=True)
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+
+    def test_kernels_in_the_interpreter() -> None:
+        run = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+            env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert run.returncode == 0, run.stdout + run.stderr
+
+else:
+    import torch
+    import triton.language as tl
+    from hypothesis import given, settings
+    from hypothesis import strategies as st
+    from torch import Tensor
+    from triton.runtime import interpreter
+
+    from limpet import reference
+    from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
+    from tolerances import assert_close
+
+    # The interpreter keeps bfloat16 as 16-bit integers, which its dot multiplies as integers. Widening loses
+    # nothing.
+    _dot = interpreter.InterpreterBuilder.create_dot
+
+    def _widened_dot(self: Any, a: Any, b: Any, *args: Any) -> Any:
+        return _dot(self, *(self.cast_impl(x, tl.float32) if x.dtype == tl.bfloat16 else x for x in (a, b)), *args)
+
+    interpreter.InterpreterBuilder.create_dot = _widened_dot
+
+    DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    few = settings(max_examples=25, deadline=None, derandomize=True)
+    sizes = st.integers(0, 3) | st.integers(4, 40)
+
+    def values(*shape: int, dtype: torch.dtype, seed: int, strided: bool) -> Tensor:
+        """Random values; strided ones are every second column of a tensor with its dimensions reversed."""
+        generator = torch.Generator().manual_seed(seed)
+        if not strided:
+            return torch.randn(shape, generator=generator).to(dtype)
+        reversed_shape = (*shape[:0:-1], 2 * shape[0])
+        tensor = torch.randn(reversed_shape, generator=generator).to(dtype)
+        return tensor[..., ::2].permute(*range(len(shape))[::-1])
+
+    def check(launch: object, total_shape: tuple[int, ...], want: Tensor, dtype: torch.dtype, *args: object) -> None:
+        """``launch`` adds ``want`` to what is there; the result is float32 whatever the inputs are."""
+        before = torch.rand(total_shape)
+        total = before.clone()
+        launch(total, *args)  # type: ignore[operator]
+        assert_close(total, before.double() + want, torch.float32)
+
+    @few
+    @given(
+        st.integers(0, 5),
+        sizes,
+        st.integers(1, 70),
+        st.integers(1, 70),
+        st.sampled_from(DTYPES),
+        st.booleans(),
+    )
+    def test_linear(n: int, t: int, o: int, i: int, dtype: torch.dtype, strided: bool) -> None:
+        d = values(n, t, o, dtype=dtype, seed=0, strided=strided)
+        a = values(n, t, i, dtype=dtype, seed=1, strided=strided)
+        want = reference.sum_grad_squared_linear(d.double(), a.double())
+        check(fisher.sum_grad_squared_linear_, (o, i), want, dtype, d, a)
+
+    @few
+    @given(
+        st.integers(1, 3),
+        st.sampled_from([(1, 3, 5), (2, 2, 3), (4, 1, 1)]),
+        st.lists(
+            st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(1, 2), st.integers(0, 2)),
+            min_size=1,
+            max_size=3,
+        ),
+        st.sampled_from(DTYPES),
+        st.booleans(),
+    )
+    def test_conv(
+        n: int,
+        channels: tuple[int, int, int],
+        geometry: list[tuple[int, int, int, int, int]],
+        dtype: torch.dtype,
+        strided: bool,
+    ) -> None:
+        groups, out, into = channels
+        kernel, step, pad, dilation, more = (list(column) for column in zip(*geometry, strict=True))
+        reach = [(k - 1) * e + 1 for k, e in zip(kernel, dilation, strict=True)]
+        spatial = [max(1, r - 2 * p) + m for r, p, m in zip(reach, pad, more, strict=True)]
+        places = [(x + 2 * p - r) // s + 1 for x, p, r, s in zip(spatial, pad, reach, step, strict=True)]
+        d = values(n, out * groups, *places, dtype=dtype, seed=0, strided=strided)
+        x = values(n, into * groups, *spatial, dtype=dtype, seed=1, strided=strided)
+        arguments = (kernel, step, pad, dilation, groups)
+        want = reference.sum_grad_squared_conv(d.double(), x.double(), *arguments)
+        check(fisher_conv.sum_grad_squared_conv_, tuple(want.shape), want, dtype, d, x, *arguments)
+
+    @few
+    @given(
+        st.integers(0, 3),
+        st.integers(0, 3),
+        st.integers(0, 70),
+        sizes,
+        st.sampled_from(DTYPES),
+        st.booleans(),
+    )
+    def test_bias_and_scale(n: int, a: int, c: int, b: int, dtype: torch.dtype, strided: bool) -> None:
+        d = values(n, a, c, b, dtype=dtype, seed=0, strided=strided)
+        x = values(n, a, c, b, dtype=dtype, seed=1, strided=strided)
+        bias = reference.sum_grad_squared_bias(d.double())
+        scale = reference.sum_grad_squared_scale(d.double(), x.double())
+        check(fisher_channel.sum_grad_squared_bias_, (c,), bias, dtype, d)
+        check(fisher_channel.sum_grad_squared_scale_, (c,), scale, dtype, d, x)
+
+    @few
+    @given(st.integers(0, 4), st.integers(0, 9), st.integers(0, 40), st.sampled_from(DTYPES), st.booleans())
+    def test_embedding(n: int, t: int, e: int, dtype: torch.dtype, strided: bool) -> None:
+        d = values(n, t, e, dtype=dtype, seed=0, strided=strided)
+        indices = torch.randint(0, 5, (n, t), generator=torch.Generator().manual_seed(2))
+        for padding_idx in (-1, 2):
+            want = reference.sum_grad_squared_embedding(d.double(), indices, 6, padding_idx)
+            launch = fisher_embedding.sum_grad_squared_embedding_
+            check(launch, (6, e), want, dtype, d, indices, padding_idx)
+
+    def test_embedding_refuses_an_index_outside_the_table() -> None:
+        for index in (-1, 6):
+            with pytest.raises(RuntimeError, match="indices"):
+                fisher_embedding.sum_grad_squared_embedding_(
+                    torch.zeros(6, 2), torch.ones(1, 1, 2), torch.tensor([[index]]), -1
+                )
+
+    def test_tiles_that_share_samples_and_tiles_that_do_not() -> None:
+        """Several tiles along both sides, whole and in part, with every way to combine partial sums."""
+        for n, t, o, i in ((3, 20, 130, 70), (300, 2, 3, 5), (300, 1, 3, 5), (2, 1, 70, 130)):
+            d = values(n, t, o, dtype=torch.float32, seed=0, strided=False)
+            a = values(n, t, i, dtype=torch.float32, seed=1, strided=False)
+            want = reference.sum_grad_squared_linear(d.double(), a.double())
+            check(fisher.sum_grad_squared_linear_, (o, i), want, torch.float32, d, a)
+
+    def test_the_same_inputs_give_the_same_bits() -> None:
+        d = values(40, 5, 20, dtype=torch.float32, seed=0, strided=False)
+        a = values(40, 5, 33, dtype=torch.float32, seed=1, strided=False)
+        first, second = torch.zeros(20, 33), torch.zeros(20, 33)
+        fisher.sum_grad_squared_linear_(first, d, a)
+        fisher.sum_grad_squared_linear_(second, d, a)
+        assert torch.equal(first, second)

@@ -1,0 +1,139 @@
+"""The Triton kernels compiled ahead of time, as their launchers would launch them, elsewhere."""
+
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("interpreted kernels are not compiled", allow_module_level=True)
+
+import triton
+import triton.backends.nvidia
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+
+
+def linear(dtype: torch.dtype) -> None:
+    d, a = torch.empty(32, 16, 512, dtype=dtype), torch.empty(32, 16, 4608, dtype=dtype)
+    fisher.sum_grad_squared_linear_(torch.empty(512, 4608), d, a)
+
+
+def linear_shared(dtype: torch.dtype) -> None:
+    d, a = torch.empty(32, 1001, 63, dtype=dtype), torch.empty(32, 1001, 575, dtype=dtype)
+    fisher.sum_grad_squared_linear_(torch.empty(63, 575), d, a)
+
+
+def linear_single(dtype: torch.dtype) -> None:
+    d, a = torch.empty(128, 1, 1024, dtype=dtype), torch.empty(128, 1, 784, dtype=dtype)
+    fisher.sum_grad_squared_linear_(torch.empty(1024, 784), d, a)
+
+
+def conv(dtype: torch.dtype) -> None:
+    d, x = torch.empty(64, 256, 8, 8, dtype=dtype), torch.empty(64, 256, 8, 8, dtype=dtype)
+    fisher_conv.sum_grad_squared_conv_(torch.empty(256, 256, 3, 3), d, x, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+
+def conv_depthwise(dtype: torch.dtype) -> None:
+    d, x = torch.empty(8, 96, 30, dtype=dtype), torch.empty(8, 96, 32, dtype=dtype)
+    fisher_conv.sum_grad_squared_conv_(torch.empty(96, 1, 3), d, x, [3], [1], [0], [1], 96)
+
+
+def bias(dtype: torch.dtype) -> None:
+    fisher_channel.sum_grad_squared_bias_(torch.empty(64), torch.empty(64, 1, 64, 1024, dtype=dtype))
+
+
+def scale(dtype: torch.dtype) -> None:
+    d = torch.empty(32, 128, 768, 1, dtype=dtype)
+    fisher_channel.sum_grad_squared_scale_(torch.empty(768), d, d)
+
+
+def embedding(dtype: torch.dtype) -> None:
+    d, indices = torch.empty(8, 128, 768, dtype=dtype), torch.zeros(8, 128, dtype=torch.int64)
+    fisher_embedding.sum_grad_squared_embedding_(torch.empty(100, 768), d, indices, -1)
+
+
+LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, embedding)
+
+
+@pytest.fixture
+def compiled(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Callable[[Callable[[torch.dtype], None], torch.dtype], Any]]:
+    """Run a launcher, but compile its kernel for the parameter's target instead of launching it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    kernels: list[Any] = []
+
+    def run(kernel: JITFunction, *args: Any, grid: object, warmup: bool, **kwargs: Any) -> None:
+        options = {k: kwargs.pop(k) for k in list(kwargs) if k not in kernel.arg_names}
+        bound = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+        signature, constants, attrs = {}, {}, {}
+        for index, (name, value) in enumerate(bound.items()):  # as the just-in-time compiler specialises
+            if isinstance(value, Tensor):
+                signature[name] = POINTERS[value.dtype]
+            elif isinstance(value, bool) or name.startswith("BLOCK") or value == 1:
+                signature[name], constants[(index,)] = "constexpr", value
+            else:
+                signature[name] = "i32"
+            if isinstance(value, Tensor) or (signature[name] == "i32" and value % 16 == 0):
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
+        kernels.append(triton.compile(source, target=request.param, options=options))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+
+    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype) -> Any:
+        launcher(dtype)
+        (kernel,) = kernels
+        return kernel
+
+    return launch
+
+
+def spilled_bytes(kernel: Any) -> int:
+    """Bytes of registers that a thread keeps in memory for want of room."""
+    if "amdgcn" in kernel.asm:
+        return 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"])[1])
+    cuobjdump = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    cubin = Path(kernel.metadata_group[f"{kernel.metadata.name}.cubin"])
+    usage = subprocess.run([cuobjdump, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True)
+    return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
+
+
+# Every launch for one GPU of each maker, the matrix kernels for the others too.
+CASES = [
+    pytest.param(gpu, launcher, dtype, id=f"{name}-{launcher.__name__}-{str(dtype).removeprefix('torch.')}")
+    for name, gpu in TARGETS.items()
+    for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv))
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("compiled", "launcher", "dtype"), CASES, indirect=["compiled"])
+def test_compiles_with_its_tiles_in_registers(
+    compiled: Callable[..., Any], launcher: Callable[[torch.dtype], None], dtype: torch.dtype
+) -> None:
+    kernel = compiled(launcher, dtype)
+    assert kernel.asm.get("ptx") or kernel.asm.get("amdgcn")
+    assert spilled_bytes(kernel) <= 64  # a few addresses at most; a spilled tile would be kilobytes
