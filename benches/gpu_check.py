@@ -1,0 +1,113 @@
+"""Build, test and bench on a machine with an NVIDIA GPU, and write what happened: `make gpu-check RESULTS=DIR`.
+
+Needs no network: it installs into a folder of its own with the torch, pybind11, scikit-build-core, ninja and nvcc that
+are there. A step that fails does not stop the others; the exit status is 0 only if every step passed. Writes
+gpu-check.{json,md,log} and, from the benches, gpu.{json,md}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TextIO
+
+from gpu_report import Report, Table
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "build" / "gpu-check"
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+GPU_TESTS = [*PYTEST, "-m", "gpu", "tests/test_gpu.py"]
+# Without torch's caching allocator every tensor is an allocation of its own, and a read past its end is seen. float32
+# alone covers each kernel's addressing; a CUDA graph cannot allocate so.
+SANITIZED = [*GPU_TESTS, "-k", "not graph and not wait and not bfloat16 and not float16 and not float64 and not fisher"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command and the seconds it may take."""
+
+    name: str
+    command: Sequence[str]
+    seconds: float
+    environment: dict[str, str]
+
+
+def steps(results: Path) -> list[Step]:
+    """What is to be done, in order."""
+    device = "import torch; print(torch.cuda.get_device_properties(0)); torch.ones(3, device='cuda').sum().item()"
+    build = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--upgrade"]
+    build += ["--target", str(SITE), "-C", "cmake.define.LIMPET_CUDA=ON"]
+    build += ["-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=native", str(ROOT)]
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    check = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
+    parallel = ["-n", "8"] if find_spec("xdist") else []
+    return [
+        Step("device answers", [sys.executable, "-c", device], 60, {}),
+        Step("versions", ["nvcc", "--version"], 10, {}),
+        Step("build with CUDA", build, 150, {}),
+        Step("GPU tests", [*GPU_TESTS, "--durations", "5"], 150, {}),
+        Step("GPU benches", [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "60"], 150, {}),
+        Step("memcheck", [*check, "--tool", "memcheck", *SANITIZED], 100, uncached),
+        Step("racecheck", [*check, "--tool", "racecheck", *SANITIZED, "-x"], 60, uncached),
+        Step("CPU tests", [*PYTEST, *parallel, "-m", "not slow and not gpu", "tests"], 90, {}),
+    ]
+
+
+def run(step: Step, seconds: float, log: TextIO) -> str:
+    """Run a step with its output in the log; returns ``passed``, ``failed (status)``, ``absent`` or ``out of time``."""
+    log.write(f"\n=== {step.name}: {' '.join(step.command)}\n")
+    log.flush()
+    if shutil.which(step.command[0]) is None:
+        return "absent"
+    environment = os.environ | {"PYTHONPATH": str(SITE), "PYTHONDONTWRITEBYTECODE": "1"} | step.environment
+    process = subprocess.Popen(
+        step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    try:
+        status = process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "out of time"
+    return "passed" if status == 0 else f"failed ({status})"
+
+
+def main() -> None:
+    """Run every step and write the report after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, help="folder for the reports")
+    parser.add_argument("--seconds", type=float, default=460.0, help="time for all steps together")
+    arguments = parser.parse_args()
+    results = arguments.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(SITE, ignore_errors=True)
+    os.environ["PATH"] += os.pathsep + "/usr/local/cuda/bin"
+
+    deadline = time.monotonic() + arguments.seconds
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    table = Table("Steps", ["step", "outcome", "seconds"])
+    report = Report("GPU check", {"commit": commit or None, "python": sys.version.split()[0]}, [table])
+    with open(results / "gpu-check.log", "w") as log:
+        for step in steps(results):
+            start = time.monotonic()
+            left = deadline - start
+            outcome = run(step, min(step.seconds, left), log) if left > 5 else "out of time"
+            table.rows.append([step.name, outcome, time.monotonic() - start])
+            print(f"{step.name}: {outcome}", flush=True)
+            report.write(results, "gpu-check")
+    # compute-sanitizer comes in a package of its own; every other step must pass.
+    accepted = {"memcheck": ("passed", "absent"), "racecheck": ("passed", "absent")}
+    sys.exit(any(outcome not in accepted.get(str(name), ("passed",)) for name, outcome, _ in table.rows))
+
+
+if __name__ == "__main__":
+    main()
