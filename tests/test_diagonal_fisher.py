@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 import limpet
-from cases import CASES, Case
+from cases import CASES, CLASSES, MLP, RESNET18, Case, TimeMajor, mlp, with_statistics
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -65,12 +68,284 @@ def double(tree: Any) -> Any:
 def test_agrees_with_the_loop(case: Case, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model = case.make_model().to(dtype)
-    batches = [case.make_batch(n) for n in (6, 6, 1, 2)]
+    batches = [case.make_batch(n) for n in (5, 1, 2)]  # uneven, and a single sample
     if dtype == torch.float64:
         batches = [double(batch) for batch in batches]
     fisher = limpet.diagonal_fisher(model, batches)
-    assert fisher.num_samples == 15
+    assert fisher.num_samples == 8
     assert all(value.dtype == dtype for value in fisher.values())
     assert all(p.grad is None for p in model.parameters())
     want = one_by_one(model.double(), [double(batch) for batch in batches])
     assert_fisher(fisher, want, BOUND[dtype])
+
+
+ROUTES = {  # the parameters that no rule covers, or whose rows no layout explains; every other one is fused
+    "affine": {"0.1.scale", "0.1.shift"},
+    "repeated_conv": {"conv.weight"},
+    "language_model": {"positions.weight"},
+    "language_model_square": {"positions.weight"},
+    "language_model_tied": {"positions.weight", "tokens.weight"},
+    "class_token": {"token", "position"},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_routes(case: Case) -> None:
+    torch.manual_seed(0)
+    routes = limpet.diagonal_fisher(case.make_model(), [case.make_batch(4)]).routes
+    assert {name for name, route in routes.items() if route == "per_sample"} == ROUTES.get(case.name, set())
+
+
+def test_resnet18() -> None:
+    torch.manual_seed(0)
+    model, batch = RESNET18.make_model(), RESNET18.make_batch(3)
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert set(fisher.routes.values()) == {"fused"}
+    assert sum(value.numel() for value in fisher.values()) == 11_173_962
+    assert_fisher(fisher, one_by_one(model, [batch]), BOUND[torch.float32])
+
+
+def test_mlp() -> None:
+    torch.manual_seed(0)
+    model, batch = MLP.make_model(), MLP.make_batch(32)
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert set(fisher.routes.values()) == {"fused"}
+    assert_fisher(fisher, one_by_one(model, [batch]), BOUND[torch.float32])
+
+
+def test_max_samples_cuts_the_last_batch() -> None:
+    torch.manual_seed(0)
+    model = mlp(4, 6, CLASSES)
+    x, y = torch.randn(10, 4), torch.randint(CLASSES, (10,))
+    drawn = []
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, 10, 4):
+            drawn.append(start)
+            yield x[start : start + 4], y[start : start + 4]
+
+    fisher = limpet.diagonal_fisher(model, batches(), max_samples=6)
+    assert fisher.num_samples == 6
+    assert drawn == [0, 4]  # no batch beyond the last one needed
+    assert_fisher(fisher, one_by_one(model, [(x[:6], y[:6])]), BOUND[torch.float32])
+
+
+def test_max_samples_beyond_the_data_takes_what_there_is() -> None:
+    batch = torch.randn(3, 4), torch.tensor([0, 1, 2])
+    assert limpet.diagonal_fisher(mlp(4, CLASSES), [batch], max_samples=9).num_samples == 3
+
+
+@pytest.mark.parametrize(("shape", "total"), [("list", 7), ("loader", 7), ("generator", None)])
+def test_progress(shape: str, total: int | None) -> None:
+    data = [(torch.randn(4), torch.tensor(1)) for _ in range(7)]
+    loader: Any = DataLoader(data, batch_size=3)  # type: ignore[arg-type]
+    batches = {"list": list(loader), "loader": loader, "generator": iter(list(loader))}[shape]
+    seen: list[tuple[int, int | None]] = []
+    limpet.diagonal_fisher(mlp(4, CLASSES), batches, progress=lambda done, of: seen.append((done, of)))
+    assert seen == [(3, total), (6, total), (7, total)]
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(2, 4, 3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 6), nn.LayerNorm(6), nn.Linear(6, CLASSES)
+    )
+    batch = torch.randn(5, 2, 5), torch.randint(CLASSES, (5,))
+    for name in ("0.weight", "3.bias", "4.weight", "5.weight"):
+        model.get_parameter(name).requires_grad_(False)
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert set(fisher) == {"0.bias", "3.weight", "4.bias", "5.bias"}
+    assert set(fisher.routes.values()) == {"fused"}
+    assert_fisher(fisher, one_by_one(model, [batch]), BOUND[torch.float32])
+
+
+def test_unused_parameters_are_zero() -> None:
+    model = mlp(4, CLASSES)
+    model.register_parameter("spare", nn.Parameter(torch.randn(3)))
+    fisher = limpet.diagonal_fisher(model, [(torch.randn(2, 4), torch.tensor([0, 1]))])
+    assert torch.equal(fisher["spare"], torch.zeros(3))
+    assert fisher.routes["spare"] == "fused"
+
+
+def test_bfloat16_sums_in_float32() -> None:
+    torch.manual_seed(0)
+    model = with_statistics(
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, CLASSES))
+    ).bfloat16()
+    batch = torch.randn(6, 3, 6, 6).bfloat16(), torch.randint(CLASSES, (6,))
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert all(value.dtype == torch.float32 for value in fisher.values())
+    assert_fisher(fisher, one_by_one(model, [batch]), 3e-2)
+
+
+def test_own_loss() -> None:
+    def squared_error(output: Tensor, target: Tensor) -> Tensor:
+        return (output - target).square().sum(dim=1)
+
+    torch.manual_seed(0)
+    model = mlp(4, 6, 3)
+    batch = torch.randn(5, 4), torch.randn(5, 3)
+    fisher = limpet.diagonal_fisher(model, [batch], loss=squared_error)
+    assert_fisher(fisher, one_by_one(model, [batch], squared_error), BOUND[torch.float32])
+
+
+def test_many_batches_are_summed_in_two_levels() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(3, CLASSES)
+    batches = [(torch.randn(1, 3), torch.randint(CLASSES, (1,))) for _ in range(600)]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+def test_grad_mode_outside_does_not_matter() -> None:
+    model, batch = mlp(4, CLASSES), (torch.randn(3, 4), torch.tensor([0, 1, 2]))
+    want = limpet.diagonal_fisher(model, [batch])
+    with torch.no_grad():
+        assert_fisher(limpet.diagonal_fisher(model, [batch]), {k: v.double() for k, v in want.items()}, 0.0)
+
+
+def test_identical_samples() -> None:
+    torch.manual_seed(0)
+    model = TimeMajor()
+    batch = torch.randn(1, 7, 4).expand(4, -1, -1), torch.tensor([0, 0, 0, 0])
+    assert_fisher(limpet.diagonal_fisher(model, [batch]), one_by_one(model, [batch]), BOUND[torch.float32])
+
+
+def test_lengths_that_change_from_batch_to_batch() -> None:
+    torch.manual_seed(0)
+    model = TimeMajor()
+    batches = [(torch.randn(n, t, 4), torch.randint(CLASSES, (n,))) for n, t in ((4, 7), (3, 5), (1, 2), (4, 1))]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert set(fisher.routes.values()) == {"fused"}
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+class Routed(nn.Module):
+    """Each sample goes through the expert that its first feature chooses: its rows are picked out of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts, self.head = nn.ModuleList(nn.Linear(4, 6) for _ in range(2)), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], 6)
+        for expert, chosen in zip(self.experts, (x[:, 0] > 0, x[:, 0] <= 0), strict=True):
+            h = h.index_put((chosen,), expert(x[chosen]))
+        return self.head(torch.tanh(h))
+
+
+def test_routed_samples() -> None:
+    torch.manual_seed(1)
+    model = Routed()
+    batches = [(torch.randn(8, 4), torch.randint(CLASSES, (8,))) for _ in range(3)]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert fisher.routes["head.weight"] == "fused"
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+class Sometimes(nn.Module):
+    """Uses a parameter by a rule, and in some batches by arithmetic as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        return y * self.linear.bias if bool((x > 0).all()) else y
+
+
+def test_a_use_that_appears_later() -> None:
+    torch.manual_seed(0)
+    model = Sometimes()
+    batches = [(sign * torch.rand(3, 4), torch.randint(CLASSES, (3,))) for sign in (-1.0, 1.0)]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert fisher.routes == {"linear.weight": "fused", "linear.bias": "per_sample"}
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+class Hidden(torch.autograd.Function):
+    """Runs a module out of autograd's sight, as reentrant checkpointing does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+class UsesHidden(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 6), nn.Linear(6, CLASSES, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Hidden.apply(torch.tanh(self.first(x)), self.second.weight)
+
+
+def test_a_function_inside_a_custom_function() -> None:
+    torch.manual_seed(0)
+    model, batch = UsesHidden(), (torch.randn(4, 4), torch.randint(CLASSES, (4,)))
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert fisher.routes["second.weight"] == "per_sample"
+    assert_fisher(fisher, one_by_one(model, [batch]), BOUND[torch.float32])
+
+
+def test_attention() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), nn.Flatten(), nn.Linear(24, CLASSES)
+    ).eval()
+    batch = torch.randn(4, 3, 8), torch.randint(CLASSES, (4,))
+    assert_fisher(limpet.diagonal_fisher(model, [batch]), one_by_one(model, [batch]), BOUND[torch.float32])
+
+
+def test_mapping() -> None:
+    fisher = limpet.diagonal_fisher(mlp(4, CLASSES), [(torch.randn(2, 4), torch.tensor([0, 1]))])
+    assert isinstance(fisher, Mapping)
+    assert list(fisher) == ["1.weight", "1.bias"]
+    assert len(fisher) == 2
+    assert "2 parameters, 0 of them per sample; 2 samples" in repr(fisher)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
+    """A random convolution, transposed or not, and an input that is large enough for it."""
+    torch.manual_seed(draw(st.integers(0, 99)))
+    dims, groups = draw(st.integers(1, 3)), draw(st.integers(1, 2))
+
+    def sizes(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, stride, padding, dilation = sizes(1, 3), sizes(1, 3), sizes(0, 2), sizes(1, 2)
+    spatial = tuple((k - 1) * d + 1 + draw(st.integers(0, 3)) for k, d in zip(kernel, dilation, strict=True))
+    channels = 2 * groups, groups * draw(st.integers(1, 2))
+    if draw(st.booleans()):
+        kind: Any = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1]
+        padding = tuple(min(p, ((s - 1) * t + (k - 1) * d) // 2)
+                        for p, s, t, k, d in zip(padding, spatial, stride, kernel, dilation, strict=True))  # fmt: skip
+        extra = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        layer = kind(*channels, kernel, stride, padding, extra, groups, dilation=dilation)
+    else:
+        kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+        layer = kind(*channels, kernel, stride, padding, dilation, groups)
+    return layer, torch.randn(3, channels[0], *spatial, dtype=torch.float64)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(convolutions())
+def test_any_convolution(case: tuple[nn.Module, Tensor]) -> None:
+    layer, x = case
+    layer.double()
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return (output.flatten(1).sin() + target[:, None]).square().sum(dim=1)
+
+    batch = x, torch.rand(3, dtype=torch.float64)
+    assert_fisher(
+        limpet.diagonal_fisher(layer, [batch], loss=loss), one_by_one(layer, [batch], loss), BOUND[torch.float64]
+    )
