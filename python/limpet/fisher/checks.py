@@ -29,12 +29,12 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
             raise ValueError(f"parameter {name!r} has no shape yet: run the model once first")
         if p.dtype not in _checks.FLOAT_DTYPES:
             raise TypeError(f"parameter {name!r} must be floating, got {_checks.describe(p)}")
-        if p.is_meta:
-            raise ValueError(f"parameter {name!r} must hold values, got {_checks.describe(p)}")
         devices.setdefault(p.device, name)
     if len(devices) > 1:
         (one, first), (other, second) = list(devices.items())[:2]
         raise ValueError(f"parameters must share a device, got {first!r} on {one} and {second!r} on {other}")
+    if (meta := torch.device("meta")) in devices:
+        raise ValueError(f"parameter {devices[meta]!r} must hold values, got one on the meta device")
     _refuse_surroundings(next(iter(devices)).type)
     _refuse_modules(model)
     return params

@@ -19,6 +19,8 @@ from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Saved
 
+Evidence = list[tuple[int, Tensor]]  # (sample, bool [*lead]: the rows it touches)
+
 _SAMPLES = 3
 _TRACED = 1  # the sample whose gradient is followed
 
@@ -30,7 +32,8 @@ class Probe:
         self._names, self._model, self._loss = names, model, loss
         self._lead: dict[Key, torch.Size] = {}
         self._before: dict[Key, tuple[Tensor, Tensor]] = {}
-        self._evidence: dict[Key, list[tuple[int, Tensor]]] = defaultdict(list)
+        self._changed: dict[Key, Evidence] = defaultdict(list)
+        self._reached: dict[Key, Evidence] = defaultdict(list)
         self._contradicted: set[Key] = set()  # another number of rows or calls once a sample was replaced
 
         self.samples = batch.distinct(_SAMPLES)
@@ -49,8 +52,8 @@ class Probe:
         ]
 
         self.layouts: dict[Key, Layout | None] = {
-            key: None if key in self._contradicted else established(lead, self._few.size, self._evidence[key])
-            for key, lead in self._lead.items()
+            key: None if key in self._contradicted else self._established(key, self._changed[key] + self._reached[key])
+            for key in self._lead
         }
         self._before.clear()
         if any(mixed):
@@ -58,10 +61,10 @@ class Probe:
 
     def _remember(self, key: Key, call: Call, x: Tensor, y: Tensor) -> None:
         self._lead[key] = x.shape[: call.lead]
-        self._before[key] = x, y.clone()  # a later function may change the output in place
+        self._before[key] = x.clone(), y.clone()  # a later function may change them in place
 
     def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
-        self._evidence[key].append((_TRACED, any_feature(dy != 0, call.lead)))
+        self._reached[key].append((_TRACED, any_feature(dy != 0, call.lead)))
 
     def _replace(self, sample: int, by: int) -> bool:
         """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
@@ -76,7 +79,7 @@ class Probe:
                 self._contradicted.add(key)
                 return
             changed = rows_changed(before[0], x, call.lead) | rows_changed(before[1], y, call.lead)
-            self._evidence[key].append((sample, changed))
+            self._changed[key].append((sample, changed))
 
         with Recorder(self._names, compare, self._note_gradient):
             losses = losses_of(self._model, self._few.take(index), self._loss).detach()
@@ -85,9 +88,14 @@ class Probe:
         bound = rounding(losses.dtype) * float(self.losses.abs().max())
         return bool(((losses - self.losses)[others].abs() > bound).any())
 
+    def _established(self, key: Key, evidence: Evidence) -> Layout | None:
+        return established(self._lead[key], self._few.size, evidence)
+
     def _refuse(self) -> None:
-        for key, layout in self.layouts.items():
-            if layout is None and any(bool(touched.any()) for _, touched in self._evidence[key]):
+        """Name the first call whose values a sample changes beyond its own rows."""
+        for key in self._lead:
+            changed = self._changed[key]
+            if any(bool(rows.any()) for _, rows in changed) and self._established(key, changed) is None:
                 module = (key[1] or key[2] or "").rpartition(".")[0]
                 raise RuntimeError(
                     f"the loss or the model mixes samples: they interact at or before {module or 'the model itself'!r}"
