@@ -185,6 +185,18 @@ class Frames(nn.Module):
         return self.head(h.view(*x.shape[:2], *h.shape[1:]).mean(dim=(1, 3, 4)))
 
 
+class Clips(nn.Module):
+    """A convolution in three dimensions over clips that are flattened into the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv3d(2, 4, 2), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 2, D, H, W]
+        h = torch.tanh(self.conv(x.flatten(0, 1)))
+        return self.head(h.view(*x.shape[:2], *h.shape[1:]).mean(dim=(1, 3, 4, 5)))
+
+
 class TwoInputs(nn.Module):
     """Takes its inputs as a tuple or by name."""
 
@@ -298,6 +310,7 @@ MODELS = [
     Case("language_model_tied", lambda: LanguageModel(tied=True), tokens(7)),
     Case("class_token", ClassToken, images(3, 4)),
     Case("frames", Frames, images(3, 2, 4, 4)),
+    Case("clips", Clips, images(2, 2, 3, 3, 3)),
     Case("tuple_inputs", TwoInputs, _pair),
     Case("dict_inputs", TwoInputs, _named(_pair)),
     Case("resnet18_narrow", lambda: with_statistics(ResNet18(width=4)), images(3, 16, 16)),

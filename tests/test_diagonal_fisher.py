@@ -85,6 +85,7 @@ ROUTES = {  # the parameters that no rule covers, or whose rows no layout explai
     "language_model": {"positions.weight"},
     "language_model_square": {"positions.weight"},
     "language_model_tied": {"positions.weight", "tokens.weight"},
+    "clips": {"conv.weight", "conv.bias"},
     "class_token": {"token", "position"},
 }
 
@@ -208,7 +209,9 @@ def test_identical_samples() -> None:
     torch.manual_seed(0)
     model = TimeMajor()
     batch = torch.randn(1, 7, 4).expand(4, -1, -1), torch.tensor([0, 0, 0, 0])
-    assert_fisher(limpet.diagonal_fisher(model, [batch]), one_by_one(model, [batch]), BOUND[torch.float32])
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert set(fisher.routes.values()) == {"fused"}
+    assert_fisher(fisher, one_by_one(model, [batch]), BOUND[torch.float32])
 
 
 def test_lengths_that_change_from_batch_to_batch() -> None:
@@ -241,6 +244,24 @@ def test_routed_samples() -> None:
     fisher = limpet.diagonal_fisher(model, batches)
     assert fisher.routes["head.weight"] == "fused"
     assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+def test_routed_samples_that_the_probe_sees_go_one_way() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = Routed(), (torch.randn(8, 4), torch.randint(CLASSES, (8,)))
+    x[:3, 0] = 1.0  # the probe's samples; the others are split among the experts
+    fisher = limpet.diagonal_fisher(model, [(x, y)] * 2)
+    assert fisher.routes["experts.0.weight"] == "per_sample"
+    assert_fisher(fisher, one_by_one(model, [(x, y)] * 2), BOUND[torch.float32])
+
+
+def test_a_weight_that_is_computed_from_parameters() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, CLASSES))
+    batch = torch.randn(4, 4), torch.randint(CLASSES, (4,))
+    fisher = limpet.diagonal_fisher(model, [batch])
+    assert {name for name, route in fisher.routes.items() if route == "fused"} == {"2.weight", "2.bias"}
+    assert_fisher(fisher, one_by_one(model, [batch]), BOUND[torch.float32])
 
 
 class Sometimes(nn.Module):

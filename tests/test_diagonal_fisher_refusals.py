@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import limpet
 from cases import CLASSES, Mean, ResNet18, images, mlp, with_statistics
@@ -231,6 +232,21 @@ def test_samples_that_interact_where_no_rule_covers_a_parameter() -> None:
             return x - x.mean(dim=0)
 
     refused(Scaled(), [BATCH], RuntimeError, "the loss or the model mixes samples")
+
+
+def test_reentrant_checkpointing() -> None:
+    """Its forward runs without gradients; what it hides must not come out as zeros."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 6)
+            self.head = nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.inner, x * self.scale, use_reentrant=True))
+
+    refused(Checkpointed(), [BATCH], RuntimeError, "heckpoint")
 
 
 # --- surroundings ----------------------------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ class Probe:
         self._before: dict[Key, tuple[Tensor, Tensor]] = {}
         self._changed: dict[Key, Evidence] = defaultdict(list)
         self._reached: dict[Key, Evidence] = defaultdict(list)
-        self._contradicted: set[Key] = set()  # another number of rows or calls once a sample was replaced
 
         self.samples = batch.distinct(_SAMPLES)
         self._few = batch.take(self.samples)
@@ -52,8 +51,7 @@ class Probe:
         ]
 
         self.layouts: dict[Key, Layout | None] = {
-            key: None if key in self._contradicted else self._established(key, self._changed[key] + self._reached[key])
-            for key in self._lead
+            key: self._established(key, self._changed[key] + self._reached[key]) for key in self._lead
         }
         self._before.clear()
         if any(mixed):
@@ -70,20 +68,19 @@ class Probe:
         """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
         index = torch.arange(self._few.size)
         index[sample] = by
-        seen: set[Key] = set()
 
         def compare(key: Key, call: Call, x: Tensor, y: Tensor) -> None:
-            seen.add(key)
-            before = self._before.get(key)
-            if before is None or before[0].shape != x.shape or before[1].shape != y.shape:
-                self._contradicted.add(key)
+            if key not in self._before:
                 return
-            changed = rows_changed(before[0], x, call.lead) | rows_changed(before[1], y, call.lead)
+            x_before, y_before = self._before[key]
+            if x_before.shape == x.shape and y_before.shape == y.shape:
+                changed = rows_changed(x_before, x, call.lead) | rows_changed(y_before, y, call.lead)
+            else:  # the number of rows depends on the samples: no layout can hold
+                changed = torch.ones(self._lead[key], dtype=torch.bool, device=x.device)
             self._changed[key].append((sample, changed))
 
         with Recorder(self._names, compare, self._note_gradient):
             losses = losses_of(self._model, self._few.take(index), self._loss).detach()
-        self._contradicted |= self._before.keys() - seen
         others = torch.arange(self._few.size, device=losses.device) != sample
         bound = rounding(losses.dtype) * float(self.losses.abs().max())
         return bool(((losses - self.losses)[others].abs() > bound).any())
