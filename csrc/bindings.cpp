@@ -9,6 +9,9 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#if defined(LIMPET_CUDA)
+#include "cuda/quadratic.h"
+#endif
 
 namespace py = pybind11;
 using namespace limpet;
@@ -31,35 +34,61 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-std::vector<cpu::QuadraticTensor> quadratic_tensors(const std::vector<Address>& theta, const std::vector<Address>& grad,
-                                                    const std::vector<Address>& anchor,
-                                                    const std::vector<Address>& importance, const Sizes& numel,
-                                                    const std::vector<int>& theta_dtype,
-                                                    const std::vector<int>& anchor_dtype,
-                                                    const std::vector<int>& importance_dtype) {
-  std::vector<cpu::QuadraticTensor> tensors(theta.size());
-  for (std::size_t k = 0; k < tensors.size(); ++k)
-    tensors[k] = {pointer<const void>(theta[k]),
-                  grad.empty() ? nullptr : pointer<void>(grad[k]),
-                  pointer<const void>(anchor[k]),
-                  pointer<const void>(importance[k]),
-                  numel[k],
-                  static_cast<Dtype>(theta_dtype[k]),
-                  static_cast<Dtype>(anchor_dtype[k]),
-                  static_cast<Dtype>(importance_dtype[k])};
-  return tensors;
-}
+// The tensors of a model as lists, one entry per parameter: addresses, element counts, dtype codes.
+struct QuadraticLists {
+  std::vector<Address> theta, grad, anchor, importance;  // grad is empty where only the value is wanted
+  Sizes numel;
+  std::vector<int> theta_dtype, anchor_dtype, importance_dtype;
 
-double quadratic(const std::vector<Address>& theta, const std::vector<Address>& grad,
-                 const std::vector<Address>& anchor, const std::vector<Address>& importance, const Sizes& numel,
-                 const std::vector<int>& theta_dtype, const std::vector<int>& anchor_dtype,
-                 const std::vector<int>& importance_dtype, int mode, double factor, int threads) {
-  const auto tensors =
-      quadratic_tensors(theta, grad, anchor, importance, numel, theta_dtype, anchor_dtype, importance_dtype);
+  std::vector<QuadraticTensor> tensors() const {
+    std::vector<QuadraticTensor> all(theta.size());
+    for (std::size_t k = 0; k < all.size(); ++k)
+      all[k] = {pointer<const void>(theta[k]),
+                grad.empty() ? nullptr : pointer<void>(grad[k]),
+                pointer<const void>(anchor[k]),
+                pointer<const void>(importance[k]),
+                numel[k],
+                static_cast<Dtype>(theta_dtype[k]),
+                static_cast<Dtype>(anchor_dtype[k]),
+                static_cast<Dtype>(importance_dtype[k])};
+    return all;
+  }
+};
+
+double quadratic(const QuadraticLists& lists, int mode, double factor, int threads) {
+  const auto tensors = lists.tensors();
   const py::gil_scoped_release release;
   return cpu::kernels().quadratic(tensors.data(), static_cast<std::int64_t>(tensors.size()),
-                                  static_cast<cpu::QuadraticGrad>(mode), factor, threads);
+                                  static_cast<QuadraticGrad>(mode), factor, threads);
 }
+
+#if defined(LIMPET_CUDA)
+void bind_cuda(py::module_& m) {
+  m.def("cuda_quadratic_workspace", [](const QuadraticLists& lists) {
+    const auto tensors = lists.tensors();
+    return cuda::quadratic_workspace_bytes(tensors.data(), static_cast<int>(tensors.size()));
+  });
+  // `scalar` is the value that the modes none and add write, and the scale that the mode write reads.
+  m.def("cuda_quadratic", [](const QuadraticLists& lists, int mode, double strength, Address scalar, int scalar_dtype,
+                             Address workspace, int device, Address stream) {
+    const auto tensors = lists.tensors();
+    const int count = static_cast<int>(tensors.size());
+    const auto dtype = static_cast<Dtype>(scalar_dtype);
+    const py::gil_scoped_release release;
+    switch (static_cast<QuadraticGrad>(mode)) {
+      case QuadraticGrad::none:
+        return cuda::quadratic_value(tensors.data(), count, strength, pointer<void>(scalar), dtype,
+                                     pointer<void>(workspace), device, pointer<void>(stream));
+      case QuadraticGrad::add:
+        return cuda::quadratic_add_grad(tensors.data(), count, strength, pointer<void>(scalar), dtype,
+                                        pointer<void>(workspace), device, pointer<void>(stream));
+      case QuadraticGrad::write:
+        return cuda::quadratic_grad(tensors.data(), count, strength, pointer<const void>(scalar), dtype, device,
+                                    pointer<void>(stream));
+    }
+  });
+}
+#endif
 
 cpu::LinearArgs linear_args(Address total, Address output_grad, Address input, const Fixed<4>& sizes,
                             const Fixed<3>& output_grad_strides, const Fixed<3>& input_strides, int dtype,
@@ -133,7 +162,13 @@ PYBIND11_MODULE(_core, m) {
   cpu::kernels();  // a wrong LIMPET_CPU is an error of the import
 
   m.def("build_info", build_info);
+  py::class_<QuadraticLists>(m, "QuadraticLists")
+      .def(py::init<std::vector<Address>, std::vector<Address>, std::vector<Address>, std::vector<Address>, Sizes,
+                    std::vector<int>, std::vector<int>, std::vector<int>>());
   m.def("quadratic", quadratic);
+#if defined(LIMPET_CUDA)
+  bind_cuda(m);
+#endif
 
   m.def("linear_workspace", [](const Fixed<4>& sizes, int dtype, int threads) {
     return cpu::kernels().linear_workspace(linear_args(0, 0, 0, sizes, {}, {}, dtype, 0, threads));

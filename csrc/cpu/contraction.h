@@ -136,14 +136,16 @@ void run_tile(const Tile<S>& tile, int rows, int v0) {
 template <class S>
 void run_tile(const Tile<S>& tile, int rows, int vectors) {
   static_assert(kNV == 4 || kNV == 2, "cases below");
-  if (tile.squares && tile.places < kFewPlaces) {
-    for (int v = 0; v < vectors; v += 2) {
-      if (v + 2 <= vectors)
-        run_tile<S, 2, true>(tile, rows, v);
-      else
-        run_tile<S, 1, true>(tile, rows, v);
+  if constexpr (kFewPlaces > 0) {
+    if (tile.squares && tile.places < kFewPlaces) {
+      for (int v = 0; v < vectors; v += 2) {
+        if (v + 2 <= vectors)
+          run_tile<S, 2, true>(tile, rows, v);
+        else
+          run_tile<S, 1, true>(tile, rows, v);
+      }
+      return;
     }
-    return;
   }
   switch (vectors) {
     case 1: return run_tile<S, 1, false>(tile, rows, 0);

@@ -6,21 +6,9 @@
 #include <vector>
 
 #include "dtype.h"
+#include "quadratic_tensor.h"
 
 namespace limpet::cpu {
-
-// One parameter of a model: contiguous arrays of `numel` elements each.
-struct QuadraticTensor {
-  const void* theta;       // [numel] theta_dtype
-  void* grad;              // [numel] theta_dtype; null where only the value is wanted
-  const void* anchor;      // [numel] anchor_dtype
-  const void* importance;  // [numel] importance_dtype
-  std::int64_t numel;
-  Dtype theta_dtype, anchor_dtype, importance_dtype;
-};
-
-// What a pass over the tensors does with `grad`.
-enum class QuadraticGrad : int { none = 0, add = 1, write = 2 };
 
 // Strides are in elements.
 struct LinearArgs {

@@ -9,18 +9,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "quadratic_tensor.h"
 
 namespace limpet::cuda {
-
-// One parameter of a model: contiguous device arrays of `numel` elements each, aligned to their elements.
-struct QuadraticTensor {
-  const void* theta;       // [numel] theta_dtype
-  void* grad;              // [numel] theta_dtype; not touched where only the value is wanted
-  const void* anchor;      // [numel] anchor_dtype
-  const void* importance;  // [numel] importance_dtype
-  std::int64_t numel;
-  Dtype theta_dtype, anchor_dtype, importance_dtype;
-};
 
 // Bytes of device memory, aligned to 8, in which quadratic_value and quadratic_add_grad keep partial sums.
 std::int64_t quadratic_workspace_bytes(const QuadraticTensor* tensors, int count);

@@ -6,20 +6,34 @@ from typing import Any
 Sizes = Sequence[int]
 
 def build_info() -> dict[str, Any]: ...
-def quadratic(
-    theta: Sizes,
-    grad: Sizes,
-    anchor: Sizes,
-    importance: Sizes,
-    numel: Sizes,
-    theta_dtype: Sizes,
-    anchor_dtype: Sizes,
-    importance_dtype: Sizes,
+
+class QuadraticLists:
+    def __init__(
+        self,
+        theta: Sizes,
+        grad: Sizes,
+        anchor: Sizes,
+        importance: Sizes,
+        numel: Sizes,
+        theta_dtype: Sizes,
+        anchor_dtype: Sizes,
+        importance_dtype: Sizes,
+        /,
+    ) -> None: ...
+
+def quadratic(lists: QuadraticLists, mode: int, factor: float, threads: int, /) -> float: ...
+def cuda_quadratic_workspace(lists: QuadraticLists, /) -> int: ...
+def cuda_quadratic(
+    lists: QuadraticLists,
     mode: int,
-    factor: float,
-    threads: int,
+    strength: float,
+    scalar: int,
+    scalar_dtype: int,
+    workspace: int,
+    device: int,
+    stream: int,
     /,
-) -> float: ...
+) -> None: ...
 def linear_workspace(sizes: Sizes, dtype: int, threads: int, /) -> int: ...
 def sum_grad_squared_linear(
     total: int,

@@ -44,9 +44,9 @@ _grad = torch.ops.limpet.quadratic_penalty_grad.default
 _add_grad = torch.ops.limpet.add_quadratic_penalty_grad_.default
 
 
-# --- CPU -------------------------------------------------------------------------------------------------------------
+# --- launch ----------------------------------------------------------------------------------------------------------
 
-_NONE, _ADD, _WRITE = 0, 1, 2  # csrc/cpu/isa.h, QuadraticGrad
+_NONE, _ADD, _WRITE = 0, 1, 2  # csrc/quadratic_tensor.h, QuadraticGrad
 
 
 def _flat(tensors: Sequence[Tensor]) -> bool:
@@ -58,39 +58,44 @@ def _flat(tensors: Sequence[Tensor]) -> bool:
     return dense and all(t.stride() == first.stride() for t in tensors)
 
 
-def _pass_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    mode: int,
-    factor: float,
-) -> float:
-    """One pass of the compiled kernel; what lies in memory differently is brought into the parameter's order first."""
-    thetas, outputs, ups, weights = list(params), list(grads), list(anchors), list(importances)
-    scattered = []
-    for k, theta in enumerate(thetas):
-        if not _flat([theta, ups[k], weights[k], *outputs[k : k + 1]]):
-            thetas[k], ups[k], weights[k] = theta.contiguous(), ups[k].contiguous(), weights[k].contiguous()
-            if outputs and not outputs[k].is_contiguous():
-                scattered.append((grads[k], outputs[k].contiguous()))
-                outputs[k] = scattered[-1][1]
-    codes = _launch.DTYPE_CODES
-    value = _core.quadratic(
-        [t.data_ptr() for t in thetas],
-        [t.data_ptr() for t in outputs],
-        [t.data_ptr() for t in ups],
-        [t.data_ptr() for t in weights],
-        [t.numel() for t in thetas],
-        [codes[t.dtype] for t in thetas],
-        [codes[t.dtype] for t in ups],
-        [codes[t.dtype] for t in weights],
-        mode,
-        factor,
-        _launch.threads(),
-    )
-    for grad, packed in scattered:
-        grad.copy_(packed)
+class _Lists:
+    """The tensors as the kernels take them; what lies in memory differently is brought into one order first."""
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        importances: Sequence[Tensor],
+    ) -> None:
+        lists = [list(params), list(grads), list(anchors), list(importances)]
+        self._scattered: list[tuple[Tensor, Tensor]] = []
+        for k in range(len(params)):
+            if not _flat([tensors[k] for tensors in lists if tensors]):
+                for tensors in filter(None, lists):
+                    tensors[k] = tensors[k].contiguous()
+                if grads and lists[1][k] is not grads[k]:
+                    self._scattered.append((grads[k], lists[1][k]))
+        codes = _launch.DTYPE_CODES
+        self.core = _core.QuadraticLists(
+            *([t.data_ptr() for t in tensors] for tensors in lists),
+            [t.numel() for t in params],
+            *([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances)),
+        )
+        self._alive = lists
+
+    def finish(self) -> None:
+        """Bring gradients that were copied back to where they lie."""
+        for grad, packed in self._scattered:
+            grad.copy_(packed)
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+
+def _pass_cpu(lists: _Lists, mode: int, factor: float) -> float:
+    value = _core.quadratic(lists.core, mode, factor, _launch.threads())
+    lists.finish()
     return value
 
 
@@ -101,18 +106,15 @@ def _scalar(value: float, params: Sequence[Tensor]) -> Tensor:  # []
 def _value_cpu(
     params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float
 ) -> Tensor:
-    return _scalar(0.5 * strength * _pass_cpu(params, [], anchors, importances, _NONE, 0.0), params)
+    lists = _Lists(params, [], anchors, importances)
+    return _scalar(0.5 * strength * _pass_cpu(lists, _NONE, 0.0), params)
 
 
 def _grad_cpu(
-    params: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    strength: float,
-    scale: Tensor,
+    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float, scale: Tensor
 ) -> list[Tensor]:
     grads = [torch.empty_like(p) for p in params]
-    _pass_cpu(params, grads, anchors, importances, _WRITE, strength * float(scale))
+    _pass_cpu(_Lists(params, grads, anchors, importances), _WRITE, strength * float(scale))
     return grads
 
 
@@ -123,12 +125,61 @@ def _add_grad_cpu(
     importances: Sequence[Tensor],
     strength: float,
 ) -> Tensor:
-    return _scalar(0.5 * strength * _pass_cpu(params, grads, anchors, importances, _ADD, strength), params)
+    lists = _Lists(params, grads, anchors, importances)
+    return _scalar(0.5 * strength * _pass_cpu(lists, _ADD, strength), params)
 
 
 LIBRARY.impl("quadratic_penalty", _value_cpu, "CPU")
 LIBRARY.impl("quadratic_penalty_grad", _grad_cpu, "CPU")
 LIBRARY.impl("add_quadratic_penalty_grad_", _add_grad_cpu, "CPU")
+
+
+# --- CUDA ------------------------------------------------------------------------------------------------------------
+
+
+def _pass_cuda(lists: _Lists, mode: int, strength: float, scalar: Tensor) -> None:
+    device = scalar.device
+    workspace = _launch.workspace(0 if mode == _WRITE else _core.cuda_quadratic_workspace(lists.core), device)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    code = _launch.DTYPE_CODES[scalar.dtype]
+    _core.cuda_quadratic(
+        lists.core, mode, strength, scalar.data_ptr(), code, workspace.data_ptr(), device.index, stream
+    )
+    lists.finish()
+
+
+def _value_cuda(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float
+) -> Tensor:
+    value = _value_fake(params)
+    _pass_cuda(_Lists(params, [], anchors, importances), _NONE, strength, value)
+    return value
+
+
+def _grad_cuda(
+    params: Sequence[Tensor], anchors: Sequence[Tensor], importances: Sequence[Tensor], strength: float, scale: Tensor
+) -> list[Tensor]:
+    grads = _grad_fake(params)
+    _pass_cuda(_Lists(params, grads, anchors, importances), _WRITE, strength, scale.to(params[0].device))
+    return grads
+
+
+def _add_grad_cuda(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    anchors: Sequence[Tensor],
+    importances: Sequence[Tensor],
+    strength: float,
+) -> Tensor:
+    value = _value_fake(params)
+    _pass_cuda(_Lists(params, grads, anchors, importances), _ADD, strength, value)
+    return value
+
+
+if _core.build_info()["cuda"] and torch.version.cuda is not None:  # on AMD the CUDA key is HIP: the reference serves
+    LIBRARY.impl("quadratic_penalty", _value_cuda, "CUDA")
+    LIBRARY.impl("quadratic_penalty_grad", _grad_cuda, "CUDA")
+    LIBRARY.impl("add_quadratic_penalty_grad_", _add_grad_cuda, "CUDA")
 
 
 # --- autograd --------------------------------------------------------------------------------------------------------
