@@ -112,7 +112,7 @@ class _Computation:
         A parameter that an ordinary backward would still reach has a use that no rule saw: what the rules saw of it
         is incomplete, and it goes the per-sample way with all its uses.
         """
-        slow = {self._names[leaf] for leaf in leaves(losses) & self._names.keys()} | recorder.blind
+        slow = {self._names[leaf] for leaf in leaves(losses) & self._names.keys()}
         kinds: dict[str, list[type[Contribution]]] = defaultdict(list)
         for key, call, lead in recorder.calls:
             for name, kind in call.uses():

@@ -30,8 +30,6 @@ class Recorder(TorchFunctionMode):
     Attributes:
         anchor: a leaf to differentiate with respect to. Every recorded call leads to it, nothing else does, and its
             own gradient is never formed; so the parameters' hooks and ``.grad`` are not touched.
-        blind: parameters used while gradients were off. Their function may run again in backward (checkpointing, a
-            custom ``autograd.Function``), where nobody watches.
     """
 
     def __init__(
@@ -44,7 +42,6 @@ class Recorder(TorchFunctionMode):
         self.names, self.on_forward, self.on_backward = names, on_forward, on_backward
         self.anchor = torch.empty(0, requires_grad=True)
         self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
-        self.blind: set[str] = set()
         self._seen: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,9 +51,6 @@ class Recorder(TorchFunctionMode):
         if found is None:
             return func(*args, **(kwargs or {}))
         x, call = found
-        if not torch.is_grad_enabled():
-            self.blind.update(name for name, _ in call.uses())
-            return func(*args, **(kwargs or {}))
         key = (
             call.function,
             call.weight,
