@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Multiprocessors of a large GPU. A constant, so that the split of the work, and with it every bit, is the same on all.
+# Multiprocessors of a large GPU; a constant, so that how the work is split does not depend on the device at hand.
 PROCESSORS = 132
 
 MATRIX_DTYPES = (torch.bfloat16, torch.float16)

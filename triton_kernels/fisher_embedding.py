@@ -61,8 +61,7 @@ def sum_grad_squared_embedding_(
     """Add ``sum_n (sum_{t: indices[n,t] = v} d[n,t,:])^2`` to every row ``v`` but ``padding_idx``."""
     if output_grad.numel() == 0:
         return
-    # A stable sort keeps the places of a row, and so its samples, in order. Nothing here waits for the
-    # device.
+    # A stable sort keeps the places of a row, and so its samples, in order. Nothing here waits for the device.
     rows, places = torch.sort(indices.reshape(-1), stable=True)
     torch._assert_async((rows[0] >= 0) & (rows[-1] < total.shape[0]), "indices must be rows of the table")
     ends = torch.searchsorted(rows, rows, right=True)
