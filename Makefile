@@ -45,7 +45,7 @@ format: $(VENV)/.installed-lint  ## rewrite sources in the project's style
 
 RESULTS ?= gpu-results
 gpu-check:  ## on a machine with an NVIDIA GPU, no network needed: build, test and bench everything
-	benches/gpu_check.sh "$(RESULTS)"
+	$(PYTHON) benches/gpu_check.py "$(RESULTS)"
 
 wheel: $(BIN)/python  ## build/wheel/limpet-*.whl
 	$(PIP) wheel -q --no-deps -w build/wheel .

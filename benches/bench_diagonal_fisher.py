@@ -11,10 +11,10 @@ from torch.func import functional_call, grad, vmap
 import limpet
 from compare import peak_bytes
 
-BATCHES = 4
+# model, input shape, batch size, batches in a call
 CASES = {
-    "MLP 784-1024-1024-10, batch 128": (lambda: mlp(784, 1024, 1024, 10), (784,), 128),
-    "CIFAR ResNet-18, batch 64": (ResNet18, (3, 32, 32), 64),
+    "MLP 784-1024-1024-10, batch 128": (lambda: mlp(784, 1024, 1024, 10)[1:], (784,), 128, 16),
+    "CIFAR ResNet-18, batch 64": (ResNet18, (3, 32, 32), 64, 2),
 }
 criterion = nn.CrossEntropyLoss(reduction="sum")
 
@@ -71,9 +71,9 @@ def batches_of(shape, size, count):
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_ordinary_passes(name, compare, in_earnest):
-    make, shape, size = CASES[name]
+    make, shape, size, count = CASES[name]
     model = make().eval()
-    batches = batches_of(shape, size, BATCHES if in_earnest else 1)
+    batches = batches_of(shape, size, count if in_earnest else 1)
     calls = {
         "ours": lambda: limpet.diagonal_fisher(model, batches),
         "baseline": lambda: ordinary(model, batches),
@@ -87,7 +87,7 @@ def test_against_ordinary_passes(name, compare, in_earnest):
 
 def test_one_batch_alone(compare):
     """The probe that establishes the layout is paid once a call: what a single batch costs."""
-    make, shape, size = CASES["MLP 784-1024-1024-10, batch 128"]
+    make, shape, size, _ = CASES["MLP 784-1024-1024-10, batch 128"]
     model = make().eval()
     batches = batches_of(shape, size, 1)
     calls = {
@@ -99,7 +99,7 @@ def test_one_batch_alone(compare):
 
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_sample_loop(name, compare, in_earnest):
-    make, shape, size = CASES[name]
+    make, shape, size, _ = CASES[name]
     model = make().eval()
     batches = batches_of(shape, size if in_earnest else 4, 1)
     calls = {

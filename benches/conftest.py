@@ -32,13 +32,22 @@ def pytest_configure(config: pytest.Config) -> None:
 def compare(request: pytest.FixtureRequest, benchmark: Any) -> Callable[..., Row]:
     """Time candidates in turns and keep the row; ``ours`` also goes to pytest-benchmark's own table."""
 
-    def run(what: str, against: str, target: str, calls: dict[str, Callable[[], Any]], **options: Any) -> Row:
+    def run(
+        what: str,
+        against: str,
+        target: str,
+        calls: dict[str, Callable[[], Any]] | None = None,
+        *,
+        seconds: dict[str, list[float]] | None = None,  # already measured, in another process
+        **options: Any,
+    ) -> Row:
         once = benchmark.disabled
-        seconds = interleave(calls, once=once)
+        if seconds is None:
+            seconds = interleave(calls or {}, once=once)
         row = summarize(what, against, target, seconds, **options)
         request.config.stash[ROWS].append(row)
         benchmark.extra_info.update(row.as_dict())
-        benchmark.pedantic(calls["ours"], rounds=1 if once else 3)
+        benchmark.pedantic(calls["ours"] if calls else lambda: None, rounds=1 if once else 3)
         return row
 
     return run
