@@ -4,11 +4,11 @@ import contextlib
 
 import pytest
 import torch
-from cases import ResNet18, mlp
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
 import limpet
+from cases import ResNet18, mlp
 from compare import peak_bytes
 
 # model, input shape, batch size, batches in a call
@@ -97,6 +97,7 @@ def test_one_batch_alone(compare):
     compare("diagonal_fisher, the MLP, one batch in all", "ordinary forward and backward", "", calls)
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # BackPACK's
 @pytest.mark.parametrize("name", CASES)
 def test_against_the_sample_loop(name, compare, in_earnest):
     make, shape, size, _ = CASES[name]

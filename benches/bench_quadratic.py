@@ -1,8 +1,12 @@
 """The quadratic penalty with its gradient into ``.grad``, against the bytes it must move and against eager loops."""
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+
 import pytest
 import torch
 
+from compare import interleave
 from limpet import ops, reference
 from op_cases import RESNET18_SHAPES, quadratic_inputs
 
