@@ -1,0 +1,65 @@
+"""Networks for streams of tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from limpet import _checks
+
+
+class MultiHeadMLP(nn.Module):
+    """A perceptron with shared ReLU layers and one or more linear heads, of which one answers at a time.
+
+    ``model(x)`` gives the outputs of the head that was last selected, so that a training loop, and whatever looks at the
+    model through one, need not know about tasks. (The network of van de Ven et al. 2022 for Split MNIST: 784-400-400.)
+
+    Args:
+        num_inputs: values in one input, after flattening.
+        heads: the number of outputs of each head.
+        hidden: the width of each shared layer.
+
+    Raises:
+        TypeError: a width is not an integer.
+        ValueError: a width is below 1, or there is no head.
+
+    >>> import torch
+    >>> model = MultiHeadMLP(4, heads=[2, 3], hidden=[8])
+    >>> model.select(1)
+    >>> model(torch.zeros(5, 1, 2, 2)).shape
+    torch.Size([5, 3])
+    """
+
+    def __init__(self, num_inputs: int, heads: Sequence[int], hidden: Sequence[int] = (400, 400)) -> None:
+        super().__init__()
+        if not heads:
+            raise ValueError(f"heads must name at least one head, got {_checks.describe(heads)}")
+        widths = [_checks.integer("num_inputs", num_inputs, minimum=1)]
+        widths += [_checks.integer(f"hidden[{i}]", width, minimum=1) for i, width in enumerate(hidden)]
+        layers: list[nn.Module] = [nn.Flatten()]
+        for inputs, outputs in zip(widths, widths[1:], strict=False):
+            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+        self.shared = nn.Sequential(*layers)
+        self._head_widths = [_checks.integer(f"heads[{i}]", width, minimum=1) for i, width in enumerate(heads)]
+        self.heads = nn.ModuleList(nn.Linear(widths[-1], width) for width in self._head_widths)
+        self.select(0)
+
+    def select(self, head: int, outputs: int | None = None) -> None:
+        """Let one head answer from now on, with its first ``outputs`` outputs (all, when not given).
+
+        Raises:
+            TypeError: one of them is not an integer.
+            ValueError: there is no such head, or it has not so many outputs.
+        """
+        if _checks.integer("head", head, minimum=0) >= len(self.heads):
+            raise ValueError(f"head must be below {len(self.heads)}, got {head}")
+        width = self._head_widths[head]
+        if outputs is not None and _checks.integer("outputs", outputs, minimum=1) > width:
+            raise ValueError(f"outputs must be at most {width}, the width of head {head}, got {outputs}")
+        self.head, self.outputs = head, outputs or width
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, *], * flattens to num_inputs -> [N, outputs]
+        """The selected outputs of the selected head."""
+        logits: Tensor = self.heads[self.head](self.shared(x))
+        return logits if self.outputs == self._head_widths[self.head] else logits[:, : self.outputs]
