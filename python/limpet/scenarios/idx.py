@@ -61,7 +61,9 @@ def _read(path: Path, stream: BinaryIO, ndim: int | None, most: int) -> npt.NDAr
     """Parse one IDX stream of at most ``most`` bytes."""
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES:
-        raise ValueError(f"{path}: expected an IDX file (first bytes 00 00, then a type code), got {magic.hex(' ')!r}")
+        raise ValueError(
+            f"{path}: expected an IDX file (first bytes 00 00, then a type code), got {magic.hex(' ')!r}"
+        )
     if ndim is not None and magic[3] != ndim:
         raise ValueError(f"{path}: expected an IDX array of {ndim} dimensions, got one of {magic[3]}")
     header = stream.read(4 * magic[3])
@@ -106,7 +108,9 @@ def read_labelled(
         if array.dtype != np.uint8:
             raise ValueError(f"{path}: expected unsigned bytes, got {array.dtype}")
     if len(pictures) != len(classes):
-        raise ValueError(f"{labels}: expected {len(pictures)} labels, one for each image of {images}, got {len(classes)}")
+        raise ValueError(
+            f"{labels}: expected {len(pictures)} labels, one for each image of {images}, got {len(classes)}"
+        )
     return cast("npt.NDArray[np.uint8]", pictures), cast("npt.NDArray[np.uint8]", classes)
 
 

@@ -41,7 +41,9 @@ class MultiHeadMLP(nn.Module):
         for inputs, outputs in zip(widths, widths[1:], strict=False):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.shared = nn.Sequential(*layers)
-        self._head_widths = [_checks.integer(f"heads[{i}]", width, minimum=1) for i, width in enumerate(heads)]
+        self._head_widths = [
+            _checks.integer(f"heads[{i}]", width, minimum=1) for i, width in enumerate(heads)
+        ]
         self.heads = nn.ModuleList(nn.Linear(widths[-1], width) for width in self._head_widths)
         self.select(0)
 

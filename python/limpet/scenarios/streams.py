@@ -30,7 +30,9 @@ class Batches:
     images: Tensor  # [N, H, W] uint8
     targets: Tensor  # [N] int64
     batch_size: int
-    order: Tensor | None = None  # [M] int64, on the same device: which rows, in which order; None for all as they are
+    order: Tensor | None = (
+        None  # [M] int64, on the same device: which rows, in which order; None for all as they are
+    )
 
     @property
     def num_samples(self) -> int:
@@ -165,7 +167,9 @@ def split(
         images, targets = _select(dataset.train_images, dataset.train_labels, classes, first, device)
         test_images, test_targets = _select(dataset.test_images, dataset.test_labels, classes, first, device)
         if len(torch.unique(test_targets)) < width:
-            raise ValueError(f"dataset must have test images of each of the classes {classes}, {dataset.name} has not")
+            raise ValueError(
+                f"dataset must have test images of each of the classes {classes}, {dataset.name} has not"
+            )
         task = Task(
             index=index,
             name="/".join(map(str, classes)),

@@ -1,0 +1,105 @@
+"""Pictures of a run: the accuracy matrix as a heat map, and each task's accuracy as training goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from limpet.scenarios.runner import MethodResult
+from limpet.scenarios.streams import Stream
+
+_INK = "#333333"
+
+
+def accuracy_matrix(path: Path, stream: Stream, result: MethodResult) -> None:
+    """Draw R[i][j] as a heat map into a PNG file.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    values = result.matrix.values.numpy() * 100
+    names, size = [task.name for task in stream.tasks], len(stream.tasks)
+    figure, axes = _figure(2.2 + 0.75 * size, 1.7 + 0.62 * size)
+    image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
+    for i in range(size):
+        for j in range(size):
+            if values[i, j] == values[i, j]:  # not NaN: what was not evaluated stays white
+                color = "white" if values[i, j] < 60 else "black"
+                weight = "bold" if i == j else "normal"
+                axes.text(j, i, f"{values[i, j]:.1f}", ha="center", va="center", color=color, weight=weight)
+    axes.set_xticks(range(size), names)
+    axes.set_yticks(range(size), names)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_xlabel("accuracy on task (%)")
+    axes.set_ylabel("after learning task")
+    axes.set_title(_title(stream, result, "accuracy matrix"), loc="left")
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03, ticks=[0, 25, 50, 75, 100])
+    bar.outline.set_visible(False)
+    figure.savefig(path, format="png")
+
+
+def accuracy_curves(path: Path, stream: Stream, result: MethodResult) -> None:
+    """Draw the accuracy of each task, from when it is learned on, into a PNG file; one small panel a task.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    size = len(stream.tasks)
+    figure, panels = _figure(7.5, 1.1 + 0.95 * size, rows=size)
+    known = [value for _, row in result.curve for value in row if value == value]
+    floor = 100 * min([*known, 0.5])
+    for task, axes in zip(stream.tasks, panels, strict=True):
+        axes.axvspan(task.index, task.index + 1, color="#56B4E9", alpha=0.25, linewidth=0)
+        points = [(at, 100 * row[task.index]) for at, row in result.curve]
+        before = [(at, value) for at, value in points if at <= task.index]
+        after = [(at, value) for at, value in points if at >= task.index]
+        axes.plot(*zip(*before, strict=True), color="#999999", linewidth=1) if before else None
+        axes.plot(*zip(*after, strict=True), color="#0072B2", linewidth=1.8)
+        axes.set_ylim(floor - 4, 104)
+        axes.set_xlim(0, size)
+        axes.set_yticks([50, 100] if floor >= 46 else [0, 50, 100])
+        axes.set_xticks(range(size + 1), [])
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_ylabel(task.name, rotation=0, ha="right", va="center", labelpad=10)
+        axes.annotate(
+            f"{points[-1][1]:.1f}", (1, points[-1][1]), (5, 0), xycoords=("axes fraction", "data"),
+            textcoords="offset points", va="center", color="#0072B2",
+        )  # fmt: skip
+    panels[-1].set_xticks([i + 0.5 for i in range(size)], [task.name for task in stream.tasks])
+    panels[-1].set_xlabel("training on task")
+    panels[0].set_title(_title(stream, result, "accuracy on each task (%)"), loc="left")
+    figure.savefig(path, format="png")
+
+
+def _title(stream: Stream, result: MethodResult, what: str) -> str:
+    """What a picture shows, in one line."""
+    return f"{result.method}: {what}\n{stream.name}, {stream.setting}-incremental"
+
+
+def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+    """A figure with its axes (a list of them where there are several rows), drawn without a screen."""
+    try:
+        from matplotlib import rc_context
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"pictures need {error.name}: pip install 'limpet[cli]'", name=error.name
+        ) from None
+    style = {
+        "font.size": 10,
+        "axes.titlesize": 11,
+        "axes.labelcolor": _INK,
+        "axes.edgecolor": "#bbbbbb",
+        "xtick.color": _INK,
+        "ytick.color": _INK,
+        "text.color": _INK,
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(rows, squeeze=False)[:, 0]
+    return figure, axes[0] if rows == 1 else list(axes)
