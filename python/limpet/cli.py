@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--methods", default=",".join(METHODS), type=_methods, help=f"any of {', '.join(METHODS)}"
     )
-    run.add_argument("--strength", type=float, default=1e5, help="of the EWC penalty")
+    run.add_argument("--strength", type=float, default=1e6, help="of the EWC penalty")
     run.add_argument("--epochs", type=int, default=10, help="passes over each task")
     run.add_argument("--batch-size", type=int, default=128, help="images a batch")
     run.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
