@@ -40,11 +40,11 @@ else:
     import triton.language as tl
     from hypothesis import given, settings
     from hypothesis import strategies as st
-    from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
     from torch import Tensor
     from triton.runtime import interpreter
 
     from limpet import reference
+    from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
     from tolerances import assert_close
 
     # The interpreter keeps bfloat16 as 16-bit integers, which its dot multiplies as integers. Widening loses nothing.

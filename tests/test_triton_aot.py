@@ -19,11 +19,12 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 import triton.backends.nvidia
-from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
+
+from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -1,4 +1,4 @@
-"""The command line: ``limpet run`` learns a stream of tasks and shows what was forgotten, ``limpet info`` what limpet runs on.
+"""The command line: ``limpet run`` learns a stream of tasks and shows what was forgotten, ``limpet info`` what it runs on.
 
 What only one command needs is imported when that command runs.
 """
@@ -53,9 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     formatter = argparse.ArgumentDefaultsHelpFormatter
 
-    run = commands.add_parser(
-        "run", help="learn a stream of tasks with several methods", formatter_class=formatter
-    )
+    run = commands.add_parser("run", help="learn a stream of tasks with several methods", formatter_class=formatter)
     run.set_defaults(command=_run)
     run.add_argument(
         "--dataset",
@@ -63,27 +61,19 @@ def _parser() -> argparse.ArgumentParser:
         choices=["mnist-subset", "mnist", "fashion-mnist"],
         help="the subset ships with limpet",
     )
-    run.add_argument(
-        "--data", metavar="DIR", help="folder with the IDX files of a full data set, plain or gzipped"
-    )
+    run.add_argument("--data", metavar="DIR", help="folder with the IDX files of a full data set, plain or gzipped")
     run.add_argument(
         "--setting", default="task", choices=["task", "domain", "class"], help="what is known at test time"
     )
-    run.add_argument(
-        "--methods", default=",".join(METHODS), type=_methods, help=f"any of {', '.join(METHODS)}"
-    )
+    run.add_argument("--methods", default=",".join(METHODS), type=_methods, help=f"any of {', '.join(METHODS)}")
     run.add_argument("--strength", type=float, default=1e6, help="of the EWC penalty")
     run.add_argument("--epochs", type=int, default=10, help="passes over each task")
     run.add_argument("--batch-size", type=int, default=128, help="images a batch")
     run.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     run.add_argument("--seed", type=int, default=0, help="of first parameters and data order")
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
-    run.add_argument(
-        "--fisher-samples", type=int, metavar="N", help="images of each task that EWC looks at, not all"
-    )
-    run.add_argument(
-        "--report", metavar="DIR", help="write report.md, results.json and pictures into this folder"
-    )
+    run.add_argument("--fisher-samples", type=int, metavar="N", help="images of each task that EWC looks at, not all")
+    run.add_argument("--report", metavar="DIR", help="write report.md, results.json and pictures into this folder")
 
     info = commands.add_parser("info", help="versions, instruction set, threads, devices")
     info.set_defaults(command=_info)
@@ -130,9 +120,7 @@ def _run(options: argparse.Namespace) -> None:
     if options.report is not None:
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
         report.write_report(options.report, stream, training, results, arguments)
-        console.print(
-            f"The report is in {options.report}: report.md, results.json and pictures.", soft_wrap=True
-        )
+        console.print(f"The report is in {options.report}: report.md, results.json and pictures.", soft_wrap=True)
 
 
 def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any]:
@@ -173,13 +161,9 @@ def _showing_progress(console: Console) -> Iterator[Callable[[Progress], None]]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as Bar
 
-    with Bar(
-        BarColumn(bar_width=24), TextColumn("{task.description}"), console=console, transient=True
-    ) as bar:
+    with Bar(BarColumn(bar_width=24), TextColumn("{task.description}"), console=console, transient=True) as bar:
         handle = bar.add_task("starting", total=1.0)
-        yield lambda progress: bar.update(
-            handle, completed=progress.fraction, description=_describe(progress)
-        )
+        yield lambda progress: bar.update(handle, completed=progress.fraction, description=_describe(progress))
 
 
 def _describe(progress: Progress) -> str:

@@ -40,15 +40,11 @@ class AccuracyMatrix:
     """
 
     def __init__(self, num_tasks: int, *, baseline: Sequence[float] | Tensor | None = None) -> None:
-        self._values = torch.full(
-            (_checks.integer("num_tasks", num_tasks, minimum=1),) * 2, math.nan
-        ).double()
+        self._values = torch.full((_checks.integer("num_tasks", num_tasks, minimum=1),) * 2, math.nan).double()
         self._num_learned = 0
         self._baseline = None if baseline is None else _accuracies("baseline", baseline, num_tasks)
         if self._baseline is not None and len(self._baseline) != num_tasks:
-            raise ValueError(
-                f"baseline must have {num_tasks} values, one for each task, got {len(self._baseline)}"
-            )
+            raise ValueError(f"baseline must have {num_tasks} values, one for each task, got {len(self._baseline)}")
 
     @property
     def num_tasks(self) -> int:
@@ -113,16 +109,14 @@ class AccuracyMatrix:
         """
         learned = self._learned()
         if self._baseline is None:
-            raise RuntimeError(
-                "fwt needs the accuracy before any training: AccuracyMatrix(..., baseline=...)"
-            )
+            raise RuntimeError("fwt needs the accuracy before any training: AccuracyMatrix(..., baseline=...)")
         return _mean(learned.diagonal(1) - self._baseline[1 : len(learned)], over_tasks)
 
     def forgetting(self) -> float:
         """Forgetting: ``1/(T-1) sum_{i<T} max_{l<T} R[l][i] - R[T][i]``, from the best a task ever was.
 
-        (Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", section 3.1.) A task's maximum is over the rows in
-        which it was evaluated.
+        (Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", section 3.1.) A task's maximum is over the
+        rows in which it was evaluated.
         """
         learned = self._learned()
         best = learned[:-1, :-1].nan_to_num(nan=-math.inf)
@@ -179,9 +173,7 @@ def _accuracies(name: str, values: Sequence[float] | Tensor, at_most: int) -> Te
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a sequence of numbers, got {_checks.describe(values)}") from None
     if row.ndim != 1 or len(row) > at_most:
-        raise ValueError(
-            f"{name} must have one dimension and at most {at_most} values, got shape {list(row.shape)}"
-        )
+        raise ValueError(f"{name} must have one dimension and at most {at_most} values, got shape {list(row.shape)}")
     outside = row[(row < 0) | (row > 1)]
     if len(outside):
         raise ValueError(f"{name} must lie in [0, 1], got {outside[0].item()!r}")

@@ -77,11 +77,10 @@ class _Lists:
                 if grads and lists[1][k] is not grads[k]:
                     self._scattered.append((grads[k], lists[1][k]))
         codes = _launch.DTYPE_CODES
-        self.core = _core.QuadraticLists(
-            *([t.data_ptr() for t in tensors] for tensors in lists),
-            [t.numel() for t in params],
-            *([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances)),
-        )
+        theta, grad, anchor, importance = ([t.data_ptr() for t in tensors] for tensors in lists)
+        numel = [t.numel() for t in params]
+        a, b, c = ([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances))
+        self.core = _core.QuadraticLists(theta, grad, anchor, importance, numel, a, b, c)
         self._alive = lists
 
     def finish(self) -> None:

@@ -1,1 +1,1 @@
-
+"""Data sets, streams of tasks, the runner and its report."""

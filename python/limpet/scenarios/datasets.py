@@ -35,8 +35,8 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None) -> ImageData
     Args:
         name: ``"mnist-subset"`` (10,000 training and 2,000 test images of MNIST's training file; ships with limpet),
             ``"mnist"`` or ``"fashion-mnist"``.
-        data_dir: where the four files of the full sets are (``train-images-idx3-ubyte`` and so on, plain or ``.gz``), in
-            this folder or in its subfolder ``name``. Not read for the subset.
+        data_dir: where the four files of the full sets are (``train-images-idx3-ubyte`` and so on, plain or ``.gz``),
+            in this folder or in its subfolder ``name``. Not read for the subset.
 
     Returns:
         The images as uint8 [N, H, W] and the labels as int64 [N] in 0 to 9, on the CPU.

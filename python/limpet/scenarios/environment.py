@@ -59,9 +59,7 @@ def source_commit() -> str | None:
     folder = Path(limpet.__file__).parents[2]
     if not (folder / "pyproject.toml").is_file():
         try:
-            origin = json.loads(
-                importlib.metadata.distribution("limpet").read_text("direct_url.json") or "{}"
-            )
+            origin = json.loads(importlib.metadata.distribution("limpet").read_text("direct_url.json") or "{}")
         except importlib.metadata.PackageNotFoundError:
             return None
         if "vcs_info" in origin:

@@ -61,9 +61,7 @@ def _read(path: Path, stream: BinaryIO, ndim: int | None, most: int) -> npt.NDAr
     """Parse one IDX stream of at most ``most`` bytes."""
     magic = stream.read(4)
     if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _TYPES:
-        raise ValueError(
-            f"{path}: expected an IDX file (first bytes 00 00, then a type code), got {magic.hex(' ')!r}"
-        )
+        raise ValueError(f"{path}: expected an IDX file (first bytes 00 00, then a type code), got {magic.hex(' ')!r}")
     if ndim is not None and magic[3] != ndim:
         raise ValueError(f"{path}: expected an IDX array of {ndim} dimensions, got one of {magic[3]}")
     header = stream.read(4 * magic[3])
@@ -75,7 +73,7 @@ def _read(path: Path, stream: BinaryIO, ndim: int | None, most: int) -> npt.NDAr
     if expected > most:  # before allocating what a damaged header asks for
         raise ValueError(f"{path}: expected {expected} bytes of values for shape {shape}, got at most {most}")
     array = np.empty(shape, dtype)
-    got = _fill(stream, memoryview(array.reshape(-1)).cast("B")) if expected else 0
+    got = _fill(stream, array.reshape(-1).view(np.uint8).data) if expected else 0
     if got < expected:
         raise ValueError(f"{path}: expected {expected} bytes of values for shape {shape}, got {got}")
     if stream.read(1):  # reading to the end also makes gzip compare its checksum

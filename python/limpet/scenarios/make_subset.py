@@ -40,9 +40,7 @@ def draw(
     for label in range(NUM_CLASSES):
         rows = np.flatnonzero(labels == label)
         if len(rows) < train_per_class + test_per_class:
-            raise ValueError(
-                f"class {label} must have {train_per_class + test_per_class} rows, got {len(rows)}"
-            )
+            raise ValueError(f"class {label} must have {train_per_class + test_per_class} rows, got {len(rows)}")
         drawn = rng.choice(rows, train_per_class + test_per_class, replace=False)
         train.append(drawn[:train_per_class])
         test.append(drawn[train_per_class:])
@@ -58,22 +56,16 @@ def make_subset(
     seed: int = SEED,
 ) -> None:
     """Read the training files in ``source`` and write the subset's four files into ``target``."""
-    images, labels = read_labelled(
-        source / "train-images-idx3-ubyte.gz", source / "train-labels-idx1-ubyte.gz"
-    )
+    images, labels = read_labelled(source / "train-images-idx3-ubyte.gz", source / "train-labels-idx1-ubyte.gz")
     target.mkdir(parents=True, exist_ok=True)
-    for part, rows in zip(
-        ("train", "t10k"), draw(labels, train_per_class, test_per_class, seed), strict=True
-    ):
+    for part, rows in zip(("train", "t10k"), draw(labels, train_per_class, test_per_class, seed), strict=True):
         write_idx(target / f"{part}-images-idx3-ubyte.gz", images[rows])
         write_idx(target / f"{part}-labels-idx1-ubyte.gz", labels[rows])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the two folders and make the subset."""
-    parser = argparse.ArgumentParser(
-        prog="python -m limpet.scenarios.make_subset", description=make_subset.__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m limpet.scenarios.make_subset", description=make_subset.__doc__)
     parser.add_argument("source", type=Path, help="folder with MNIST's training files")
     parser.add_argument("target", type=Path, help="folder for the subset")
     folders = parser.parse_args(arguments)

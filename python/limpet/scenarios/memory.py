@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import re
@@ -18,9 +19,10 @@ class PeakMemory:
     """The growth of memory from the start of a block to its peak inside it.
 
     On CUDA: the bytes that torch allocated. On the CPU: the resident memory of the whole process, read from Linux's own
-    high-water mark after setting it back, so that short peaks count, too. Memory that the process holds free at the start
-    is given back to the system first; what it holds all the same, the block uses without growing, so that a reading is
-    good to a few megabytes. Where the system cannot tell (another platform, a locked-down container), ``bytes`` is None.
+    high-water mark after setting it back, so that short peaks count, too. Memory that the process holds free at the
+    start is given back to the system first; what it holds all the same, the block uses without growing, so that a
+    reading is good to a few megabytes. Where the system cannot tell (another platform, a locked-down container),
+    ``bytes`` is None.
 
     >>> with PeakMemory(torch.device("cpu")) as peak:
     ...     _ = torch.ones(1 << 20)
@@ -72,7 +74,5 @@ def _status_bytes(field: str) -> int:
 
 def _release_free_memory() -> None:
     """Let the C library give free memory back to the system, where it knows how to (glibc)."""
-    try:
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)
-    except (AttributeError, OSError, TypeError):
-        pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from limpet import _checks
 class MultiHeadMLP(nn.Module):
     """A perceptron with shared ReLU layers and one or more linear heads, of which one answers at a time.
 
-    ``model(x)`` gives the outputs of the head that was last selected, so that a training loop, and whatever looks at the
-    model through one, need not know about tasks. (The network of van de Ven et al. 2022 for Split MNIST: 784-400-400.)
+    ``model(x)`` gives the outputs of the head that was last selected, so that a training loop, and whatever looks at
+    the model through one, need not know about tasks. (The network of van de Ven et al. 2022 for Split MNIST:
+    784-400-400.)
 
     Args:
         num_inputs: values in one input, after flattening.
@@ -38,12 +40,10 @@ class MultiHeadMLP(nn.Module):
         widths = [_checks.integer("num_inputs", num_inputs, minimum=1)]
         widths += [_checks.integer(f"hidden[{i}]", width, minimum=1) for i, width in enumerate(hidden)]
         layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in zip(widths, widths[1:], strict=False):
+        for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.ReLU()]
         self.shared = nn.Sequential(*layers)
-        self._head_widths = [
-            _checks.integer(f"heads[{i}]", width, minimum=1) for i, width in enumerate(heads)
-        ]
+        self._head_widths = [_checks.integer(f"heads[{i}]", width, minimum=1) for i, width in enumerate(heads)]
         self.heads = nn.ModuleList(nn.Linear(widths[-1], width) for width in self._head_widths)
         self.select(0)
 

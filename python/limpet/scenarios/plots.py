@@ -86,10 +86,8 @@ def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"pictures need {error.name}: pip install 'limpet[cli]'", name=error.name
-        ) from None
-    style = {
+        raise ModuleNotFoundError(f"pictures need {error.name}: pip install 'limpet[cli]'", name=error.name) from None
+    style: Any = {
         "font.size": 10,
         "axes.titlesize": 11,
         "axes.labelcolor": _INK,

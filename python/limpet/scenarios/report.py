@@ -1,11 +1,12 @@
 """The report folder of a run: ``results.json`` (every number), ``report.md``, and a picture or two for each method.
 
-All files are made in a temporary folder beside the report and then renamed into it, the numbers last, so that a run that is
-interrupted leaves no half-written file.
+All files are made in a temporary folder beside the report and then renamed into it, the numbers last, so that a run
+that is interrupted leaves no half-written file.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -62,7 +63,7 @@ def write_report(
         (temporary / "report.md").write_text(_markdown(numbers, pictures), encoding="utf-8")
         text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
         (temporary / "results.json").write_text(text, encoding="utf-8")
-        for name in [*sum(pictures.values(), []), "report.md", "results.json"]:
+        for name in [*itertools.chain.from_iterable(pictures.values()), "report.md", "results.json"]:
             os.replace(temporary / name, folder / name)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -110,9 +111,7 @@ def _method_numbers(result: MethodResult) -> dict[str, Any]:
         "forgetting": _number(matrix.forgetting()),
         "accuracy_matrix": [[_number(value) for value in row] for row in matrix.values.tolist()],
         "baseline": None if baseline is None else [_number(value) for value in baseline.tolist()],
-        "curve": [
-            {"tasks_trained": at, "accuracies": [_number(value) for value in row]} for at, row in result.curve
-        ],
+        "curve": [{"tasks_trained": at, "accuracies": [_number(value) for value in row]} for at, row in result.curve],
         "training_seconds": result.training_seconds,
         "consolidation_seconds": result.consolidation_seconds,
         "evaluation_seconds": result.evaluation_seconds,
@@ -154,9 +153,9 @@ def _markdown(numbers: dict[str, Any], pictures: Mapping[str, Sequence[str]]) ->
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
         "",
-        "BWT (backward transfer) is below zero where learning made old tasks worse; FWT (forward transfer) is against the",
-        "accuracy before any training. Seconds are wall-clock, without evaluation; peak memory is the growth from before",
-        "the network was made.",
+        "BWT (backward transfer) is below zero where learning made old tasks worse; FWT (forward transfer) is against",
+        "the accuracy before any training. Seconds are wall-clock, without evaluation; peak memory is the growth from",
+        "before the network was made.",
     ]
     header = "".join(f" {task['name']} |" for task in stream["tasks"])
     for name, method in numbers["methods"].items():
@@ -171,7 +170,8 @@ def _markdown(numbers: dict[str, Any], pictures: Mapping[str, Sequence[str]]) ->
         "## Made with",
         "",
         f"- {versions}; commit {environment['commit'] or 'not known'}",
-        f"- {machine['cpu'] or 'unknown processor'}, {machine['cpus']} CPUs, {machine['threads']} threads; {machine['system']}",
+        f"- {machine['cpu'] or 'unknown processor'}, {machine['cpus']} CPUs, {machine['threads']} threads",
+        f"- {machine['system']}",
         *(f"- {gpu}" for gpu in machine["gpus"]),
         "",
         "Every number is in [results.json](results.json).",

@@ -40,9 +40,7 @@ class Training:
     learning_rate: float = 1e-3
     seed: int = 0  # of the network's first parameters, and of all else that is drawn from torch's generator
     evaluations_per_task: int = 8  # points of the accuracy curves, the last one when the task has ended
-    consolidation_samples: int | None = (
-        None  # how many of the finished task's images end_task sees; None for all
-    )
+    consolidation_samples: int | None = None  # how many of the finished task's images end_task sees; None for all
 
     def __post_init__(self) -> None:
         _checks.integer("epochs", self.epochs, minimum=1)
@@ -75,9 +73,7 @@ class MethodResult:
 
     method: str
     matrix: AccuracyMatrix
-    curve: list[tuple[float, list[float]]] = field(
-        default_factory=list
-    )  # (tasks trained so far, accuracies [T])
+    curve: list[tuple[float, list[float]]] = field(default_factory=list)  # (tasks trained so far, accuracies [T])
     training_seconds: float = 0.0  # the loop, without consolidation and evaluation
     consolidation_seconds: float = 0.0  # end_task
     evaluation_seconds: float = 0.0
@@ -115,9 +111,7 @@ def run(
     if not methods:
         raise ValueError("methods must name at least one method, got none")
     training = training or Training()
-    clock = _Clock(
-        len(methods) * training.epochs * sum(len(task.train_batches) for task in stream.tasks), progress
-    )
+    clock = _Clock(len(methods) * training.epochs * sum(len(task.train_batches) for task in stream.tasks), progress)
     devices = [stream.device] if stream.device.type == "cuda" else []
     results = []
     with torch.random.fork_rng(devices):
@@ -186,9 +180,7 @@ class _Learner:
         per_epoch = len(task.train_batches)
         num_steps, marks = self._training.epochs * per_epoch, self._training.evaluations_per_task
         evaluate_after = {num_steps * mark // marks for mark in range(1, marks)} - {0}
-        report_after = {
-            per_epoch * mark // _REPORTS_PER_EPOCH for mark in range(1, _REPORTS_PER_EPOCH + 1)
-        } - {0}
+        report_after = {per_epoch * mark // _REPORTS_PER_EPOCH for mark in range(1, _REPORTS_PER_EPOCH + 1)} - {0}
         done = 0
         for epoch in range(self._training.epochs):
             batches, losses = enumerate(task.batches(epoch), 1), list[Tensor]()

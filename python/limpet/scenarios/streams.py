@@ -1,8 +1,8 @@
 """Streams: a data set split into tasks of classes, in the three settings of evaluation.
 
-(van de Ven, Tuytelaars and Tolias 2022, "Three types of incremental learning".) *Task*: the task is known at test time, each has a
-head of its own. *Domain*: one head, whose outputs every task uses anew. *Class*: one head over all classes, and a test image may be
-of any class seen so far.
+(van de Ven, Tuytelaars and Tolias 2022, "Three types of incremental learning".) *Task*: the task is known at test
+time, each has a head of its own. *Domain*: one head, whose outputs every task uses anew. *Class*: one head over all
+classes, and a test image may be of any class seen so far.
 """
 
 from __future__ import annotations
@@ -30,9 +30,7 @@ class Batches:
     images: Tensor  # [N, H, W] uint8
     targets: Tensor  # [N] int64
     batch_size: int
-    order: Tensor | None = (
-        None  # [M] int64, on the same device: which rows, in which order; None for all as they are
-    )
+    order: Tensor | None = None  # [M] int64, on the same device: which rows, in which order; None for all as they are
 
     @property
     def num_samples(self) -> int:
@@ -144,8 +142,8 @@ def split(
 
     Raises:
         TypeError: a number is not an integer.
-        ValueError: no such setting; ``num_tasks`` does not divide the number of classes; ``batch_size`` below 1; ``seed``
-            below 0; a class has no test image.
+        ValueError: no such setting; ``num_tasks`` does not divide the number of classes; ``batch_size`` below 1;
+            ``seed`` below 0; a class has no test image.
 
     >>> from limpet.scenarios.datasets import load
     >>> [task.name for task in split(load("mnist-subset")).tasks]
@@ -167,9 +165,7 @@ def split(
         images, targets = _select(dataset.train_images, dataset.train_labels, classes, first, device)
         test_images, test_targets = _select(dataset.test_images, dataset.test_labels, classes, first, device)
         if len(torch.unique(test_targets)) < width:
-            raise ValueError(
-                f"dataset must have test images of each of the classes {classes}, {dataset.name} has not"
-            )
+            raise ValueError(f"dataset must have test images of each of the classes {classes}, {dataset.name} has not")
         task = Task(
             index=index,
             name="/".join(map(str, classes)),
