@@ -1,5 +1,9 @@
 import pytest
 import torch
+from hypothesis import settings
+
+settings.register_profile("limpet", deadline=None, derandomize=True)  # the same examples on every machine
+settings.load_profile("limpet")
 
 
 @pytest.fixture(autouse=True)

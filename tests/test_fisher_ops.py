@@ -55,7 +55,7 @@ def test_linear_strided(dtype):
     shape=st.tuples(st.integers(0, 9), st.integers(0, 40), st.integers(0, 70), st.integers(0, 140)),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_linear_on_any_shape(shape, seed):
     torch.manual_seed(seed)
     samples, places, rows, columns = shape
@@ -92,7 +92,7 @@ def test_conv_channels_last_and_strided(case):
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_conv_on_any_geometry(data):
     draw = data.draw
     groups = draw(st.integers(1, 3))

@@ -50,7 +50,7 @@ def test_value_and_gradient_match_float64(dtypes):
     shapes=st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), min_size=1, max_size=5),
     strength=st.just(0.0) | st.floats(1e-6, 1e6),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_list_of_shapes(shapes, strength):
     tensors = quadratic_inputs(shapes)
     value, grads = expected(*tensors, strength)

@@ -1,4 +1,4 @@
-"""The command line: ``limpet run`` learns a stream of tasks and shows what was forgotten, ``limpet info`` what it runs on.
+"""The command line: ``limpet run`` learns tasks and shows what was forgotten; ``limpet info`` shows versions.
 
 What only one command needs is imported when that command runs.
 """

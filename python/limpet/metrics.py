@@ -169,7 +169,7 @@ def _mean(differences: Tensor, over_tasks: bool) -> float:
 def _accuracies(name: str, values: Sequence[float] | Tensor, at_most: int) -> Tensor:
     """Validate accuracies: at most ``at_most`` values in [0, 1] or NaN, as a float64 tensor on the CPU."""
     try:
-        row = torch.as_tensor(values).detach().to("cpu", torch.float64)
+        row = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"{name} must be a sequence of numbers, got {_checks.describe(values)}") from None
     if row.ndim != 1 or len(row) > at_most:

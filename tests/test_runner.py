@@ -1,0 +1,205 @@
+"""The runner, its report and the command line, end to end."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import limpet
+from limpet import cli
+from limpet.scenarios import datasets, report, runner, streams
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A fifth of the subset."""
+    whole = datasets.load("mnist-subset")
+    parts = [getattr(whole, f"{part}_{kind}")[::5] for part in ("train", "test") for kind in ("images", "labels")]
+    return datasets.ImageDataset("small", *parts)
+
+
+def test_ewc_forgets_less_than_a_quarter_of_what_fine_tuning_does():
+    """The demo's outcome, task-incremental: one head per task."""
+    stream = streams.split(datasets.load("mnist-subset"), setting="task", seed=0)
+    methods = {"finetune": lambda model: None, "ewc": lambda model: limpet.EWC(model, strength=1e6)}
+    training = runner.Training(epochs=10, seed=0, evaluations_per_task=1)
+    finetune, ewc = (result.matrix for result in runner.run(stream, methods, training))
+    assert finetune.bwt() < -0.05
+    assert ewc.bwt() > finetune.bwt() / 4
+    assert ewc.average_accuracy() > finetune.average_accuracy()
+
+
+class Recorder:
+    """A method with every moment, and a list of those that were called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __getattr__(self, name):
+        if name == "penalty":
+            raise AttributeError(name)
+
+        def moment(*args):
+            self.calls.append(name)
+            return args if name == "mix" else None
+
+        return moment
+
+
+def test_the_moments_come_in_their_order(small):
+    stream = streams.split(small, num_tasks=2, batch_size=500)
+    method = Recorder()
+    runner.run(stream, {"recorder": lambda model: method}, runner.Training(epochs=1))
+    step = ["mix", "add_penalty_grad_", "project_grads_", "after_step", "observe"]
+    steps = [step * len(task.train_batches) for task in stream.tasks]
+    assert method.calls == ["begin_task", *steps[0], "end_task", "begin_task", *steps[1], "end_task"]
+
+
+def test_methods_see_the_same_start_and_data_and_runs_repeat(small):
+    stream = streams.split(small, num_tasks=2)
+    methods = {"one": lambda model: None, "two": lambda model: None}
+    state = torch.random.get_rng_state()
+    results = runner.run(stream, methods, runner.Training(epochs=2, seed=3))
+    assert torch.equal(state, torch.random.get_rng_state())
+    again = runner.run(stream, {"one": methods["one"]}, runner.Training(epochs=2, seed=3))
+    other = runner.run(stream, {"one": methods["one"]}, runner.Training(epochs=2, seed=4))
+    for result in [*results[1:], *again]:
+        assert torch.equal(result.matrix.values, results[0].matrix.values)
+    assert results[0].curve == again[0].curve
+    assert not torch.equal(other[0].matrix.values, results[0].matrix.values)
+
+
+@pytest.mark.parametrize("setting", ["domain", "class"])
+def test_other_settings(small, setting):
+    stream = streams.split(small, setting=setting)
+    (result,) = runner.run(stream, {"finetune": lambda model: None}, runner.Training(epochs=10))
+    last = result.matrix.values[-1]
+    assert last[-1] > 0.7  # the last task is known
+    if setting == "class":
+        assert last[:-1].max() < 0.25  # all before it is forgotten: every image is said to be of the last classes
+        assert result.matrix.values[0, 1:].isnan().all()
+
+
+def test_progress_and_seconds(small):
+    stream = streams.split(small, num_tasks=2)
+    seen = []
+    (result,) = runner.run(stream, {"m": lambda model: None}, runner.Training(epochs=2), progress=seen.append)
+    assert [p.fraction for p in seen] == sorted(p.fraction for p in seen)
+    assert seen[-1].fraction == 1.0
+    assert seen[-1].seconds_left == 0.0
+    assert [(p.task.index, p.epoch) for p in seen if p.epoch_ended] == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    assert all(p.loss > 0 and p.seconds_left >= 0 for p in seen)
+    assert result.training_seconds > 0
+    assert result.evaluation_seconds > 0
+    assert result.consolidation_seconds == 0
+    assert result.num_parameters == 785 * 400 + 401 * 400 + 2 * 401 * 5
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(small):
+    class Broken:
+        def __init__(self, model):
+            self.model = model
+
+        def penalty(self):
+            return sum(p.sum() for p in self.model.parameters()) * math.nan
+
+    stream = streams.split(small, num_tasks=2)
+    with pytest.raises(RuntimeError, match="loss must be finite, got nan in task 1"):
+        runner.run(stream, {"broken": Broken}, runner.Training(epochs=2))
+    with pytest.raises(ValueError, match="methods must name at least one"):
+        runner.run(stream, {})
+    with pytest.raises(ValueError, match=r"learning_rate must be above 0, got -0\.1"):
+        runner.Training(learning_rate=-0.1)
+
+
+def test_report(small, tmp_path):
+    stream = streams.split(small, num_tasks=2, setting="class")
+    training = runner.Training(epochs=1)
+    results = runner.run(stream, {"finetune": lambda model: None}, training)
+    folder = tmp_path / "deep" / "report"
+    report.write_report(folder, stream, training, results, {"seed": 0})
+    names = {"report.md", "results.json", "accuracy-matrix-finetune.png", "accuracy-curves-finetune.png"}
+    assert {path.name for path in folder.iterdir()} == names
+    assert (folder / "accuracy-matrix-finetune.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((folder / "results.json").read_text())
+    method = numbers["methods"]["finetune"]
+    assert method["average_accuracy"] == results[0].matrix.average_accuracy()
+    assert method["accuracy_matrix"][0][1] is None
+    assert numbers["arguments"] == {"seed": 0}
+    assert numbers["environment"]["versions"]["torch"] == torch.__version__
+    text = (folder / "report.md").read_text()
+    assert "class-incremental" in text
+    assert f"{results[0].matrix.average_accuracy():.4f}" in text
+
+
+def test_an_interrupted_report_leaves_the_old_one(small, tmp_path, monkeypatch):
+    stream = streams.split(small, num_tasks=2)
+    results = runner.run(stream, {"finetune": lambda model: None}, runner.Training(epochs=1))
+    report.write_report(tmp_path / "report", stream, runner.Training(), results)
+    before = {path: path.read_bytes() for path in (tmp_path / "report").iterdir()}
+    monkeypatch.setattr("limpet.scenarios.plots.accuracy_curves", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        report.write_report(tmp_path / "report", stream, runner.Training(), results)
+    assert {path: path.read_bytes() for path in (tmp_path / "report").iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["report"]
+
+
+def run_cli(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "limpet.cli", *arguments], capture_output=True, text=True, check=False, timeout=120
+    )
+
+
+def test_run_command(tmp_path):
+    done = run_cli("run", "--epochs", "1", "--report", str(tmp_path / "r"))
+    assert done.returncode == 0, done.stderr
+    assert "finetune: task 1/5 (0/1), epoch 1/1, loss" in done.stdout
+    assert "summary" in done.stdout
+    assert "BWT" in done.stdout
+    assert set(json.loads((tmp_path / "r" / "results.json").read_text())["methods"]) == {"finetune", "ewc"}
+
+
+def test_info_command(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert limpet.__version__ in text
+    assert "instruction set" in text
+    assert cli.main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["core"]["instruction_set"] in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "--dataset", "mnist"], 1, "data_dir must name the folder"),
+        (["run", "--dataset", "mnist", "--data", "nowhere"], 1, "no train-images-idx3-ubyte"),
+        (["run", "--device", "cuda:99"], 1, "--device must name a device that answers, got 'cuda:99'"),
+        (["run", "--epochs", "0"], 1, "epochs must be at least 1, got 0"),
+        (["run", "--strength", "-1"], 1, "strength must be finite and at least 0, got -1.0"),
+        (["run", "--methods", "ewc,magic"], 2, "expected some of finetune,ewc, each once, got 'ewc,magic'"),
+        ([], 2, "COMMAND"),
+    ],
+)
+def test_bad_arguments(arguments, code, message):
+    done = run_cli(*arguments)
+    assert done.returncode == code
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
+def test_interrupted_run_leaves_no_report(tmp_path):
+    command = [sys.executable, "-u", "-m", "limpet.cli", "run", "--epochs", "500", "--report", str(tmp_path / "r")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert "epoch 1/500" in process.stdout.readline()  # it is at work
+        os.kill(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "limpet: interrupted; no report was written"
+    assert not (tmp_path / "r").exists()
