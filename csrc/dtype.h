@@ -15,14 +15,16 @@ struct Half {
   std::uint16_t bits;
 };
 
-inline std::int64_t size_of(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::f32: return 4;
-    case Dtype::f64: return 8;
-    case Dtype::bf16:
-    case Dtype::f16: return 2;
-  }
-  return 0;
-}
+// The type a stored element is computed in.
+template <class Stored>
+struct ComputeOf {
+  using type = float;
+};
+template <>
+struct ComputeOf<double> {
+  using type = double;
+};
+template <class Stored>
+using Compute = typename ComputeOf<Stored>::type;
 
 }  // namespace limpet

@@ -205,12 +205,7 @@ std::int64_t conv_workspace(const ConvArgs& args) {
 }
 
 void sum_grad_squared_conv(const ConvArgs& args) {
-  switch (args.dtype) {
-    case Dtype::f32: return contract<float>(args);
-    case Dtype::f64: return contract<double>(args);
-    case Dtype::bf16: return contract<BFloat16>(args);
-    case Dtype::f16: return contract<Half>(args);
-  }
+  dispatch(args.dtype, [&](auto stored) { contract<decltype(stored)>(args); });
 }
 
 }  // namespace

@@ -175,12 +175,7 @@ std::int64_t linear_workspace(const LinearArgs& args) {
 
 void sum_grad_squared_linear(const LinearArgs& args) {
   if (!args.samples || !args.places || !args.rows || !args.columns) return;
-  switch (args.dtype) {
-    case Dtype::f32: return contract<float>(args);
-    case Dtype::f64: return contract<double>(args);
-    case Dtype::bf16: return contract<BFloat16>(args);
-    case Dtype::f16: return contract<Half>(args);
-  }
+  dispatch(args.dtype, [&](auto stored) { contract<decltype(stored)>(args); });
 }
 
 }  // namespace

@@ -95,12 +95,7 @@ void channel(const ChannelArgs& args) {
 }
 
 void sum_grad_squared_channel(const ChannelArgs& args) {
-  switch (args.dtype) {
-    case Dtype::f32: return channel<float>(args);
-    case Dtype::f64: return channel<double>(args);
-    case Dtype::bf16: return channel<BFloat16>(args);
-    case Dtype::f16: return channel<Half>(args);
-  }
+  dispatch(args.dtype, [&](auto stored) { channel<decltype(stored)>(args); });
 }
 
 // Equal indices of a sample must be summed before squaring. Each place names the first place with its index
@@ -152,12 +147,7 @@ void embedding(const EmbeddingArgs& args) {
 }
 
 void sum_grad_squared_embedding(const EmbeddingArgs& args) {
-  switch (args.dtype) {
-    case Dtype::f32: return embedding<float>(args);
-    case Dtype::f64: return embedding<double>(args);
-    case Dtype::bf16: return embedding<BFloat16>(args);
-    case Dtype::f16: return embedding<Half>(args);
-  }
+  dispatch(args.dtype, [&](auto stored) { embedding<decltype(stored)>(args); });
 }
 
 }  // namespace

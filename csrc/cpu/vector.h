@@ -165,17 +165,16 @@ LIMPET_FORMULA Vector<S> broadcast(S x) {
   return x - Vector<S>{};
 }
 
-// The type a stored element is computed in.
-template <class Stored>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
-template <class Stored>
-using Compute = typename ComputeOf<Stored>::type;
+// Calls body(Stored{}) with the type that `dtype` stores.
+template <class Body>
+LIMPET_FORMULA void dispatch(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::f32: return body(float{});
+    case Dtype::f64: return body(double{});
+    case Dtype::bf16: return body(BFloat16{});
+    case Dtype::f16: return body(Half{});
+  }
+}
 
 }  // namespace
 }  // namespace limpet::cpu

@@ -32,16 +32,7 @@ struct Table {
 };
 static_assert(sizeof(Table) + 64 <= 32764, "a kernel's parameters must fit their limit");
 
-enum class Grad { none, add, write };
-
-template <class Stored>
-struct ComputeOf {
-  using type = float;
-};
-template <>
-struct ComputeOf<double> {
-  using type = double;
-};
+using Grad = QuadraticGrad;
 
 // The sum of all threads' values, in thread 0; the order of additions is fixed.
 __device__ double block_sum(double value) {
