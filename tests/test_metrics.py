@@ -94,3 +94,30 @@ def test_state_dict_round_trip():
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_partial_rows():
+    matrix = filled([[0.9, math.nan, math.nan], [0.7, 0.8, math.nan], [0.5, 0.8, 1.0]])
+    assert matrix.bwt() == pytest.approx(-0.2)
+    assert matrix.forgetting() == pytest.approx(0.2)  # the first task's rows, and the second's only one
+    short = AccuracyMatrix(3)
+    short.record([0.9])
+    assert short.values[0].isnan().tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(2, 3)}, "square"),
+        ({"num_learned": 3}, "at most 2, got 3"),
+        ({"values": torch.full((2, 2), 2.0)}, "got 2.0"),
+        ({"baseline": [0.5]}, "2 values"),
+    ],
+)
+def test_bad_state_changes_nothing(change, message):
+    matrix = filled([[0.9, 0.5], [0.8, 1.0]])
+    with pytest.raises(ValueError, match=message):
+        matrix.load_state_dict({**matrix.state_dict(), **change})
+    with pytest.raises(ValueError, match="lacks values"):
+        matrix.load_state_dict({"num_learned": 0, "baseline": None})
+    assert matrix.average_accuracy() == pytest.approx(0.9)

@@ -74,6 +74,39 @@ def test_methods_see_the_same_start_and_data_and_runs_repeat(small):
     assert not torch.equal(other[0].matrix.values, results[0].matrix.values)
 
 
+def test_a_penalty_is_added_to_the_loss(small):
+    class Pull:
+        def __init__(self, model):
+            self.weight = model.shared[1].weight
+
+        def penalty(self):
+            return 1e4 * self.weight.square().sum()
+
+    norms = {}
+
+    def keep(name, make):
+        def factory(model):
+            norms[name] = model.shared[1].weight
+            return make(model)
+
+        return factory
+
+    methods = {"plain": keep("plain", lambda model: None), "pull": keep("pull", Pull)}
+    runner.run(streams.split(small, num_tasks=1), methods, runner.Training(epochs=3))
+    assert norms["pull"].norm() < 0.9 * norms["plain"].norm()
+
+
+def test_curves_end_in_the_rows_of_the_matrix(small):
+    stream = streams.split(small, batch_size=100)
+    (result,) = runner.run(stream, {"finetune": lambda model: None}, runner.Training(epochs=2, evaluations_per_task=4))
+    points = [at for at, _ in result.curve]
+    assert points == sorted(set(points))
+    assert [math.ceil(at) for at in points] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4 + [5] * 4
+    ends = torch.tensor([row for at, row in result.curve if at == int(at)], dtype=torch.float64)
+    assert torch.equal(ends, result.matrix.values)
+    assert result.num_parameters == 785 * 400 + 401 * 400 + 5 * 401 * 2
+
+
 @pytest.mark.parametrize("setting", ["domain", "class"])
 def test_other_settings(small, setting):
     stream = streams.split(small, setting=setting)

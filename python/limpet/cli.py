@@ -11,6 +11,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -95,6 +96,8 @@ def _run(options: argparse.Namespace) -> None:
     _require("rich")
     if options.report is not None:
         _require("matplotlib")
+        if Path(options.report).exists() and not Path(options.report).is_dir():
+            raise NotADirectoryError(f"--report must name a folder, got the file {options.report!r}")
     from rich.console import Console
 
     from limpet.scenarios import datasets, report, runner, streams
@@ -116,7 +119,7 @@ def _run(options: argparse.Namespace) -> None:
         results = runner.run(stream, methods, training, progress=show)
     for result in results:
         console.print(_matrix_table(stream, result))
-    console.print(_summary_table(results))
+    console.print(_summary_table(stream, results))
     if options.report is not None:
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
         report.write_report(options.report, stream, training, results, arguments)
@@ -127,7 +130,9 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
     """What makes a method for a network."""
     if name == "finetune":
         return lambda model: None
-    from limpet.methods.ewc import EWC
+    from limpet import EWC, _checks
+
+    _checks.finite_number("strength", options.strength, minimum=0.0)  # before another method has been trained
 
     return lambda model: EWC(model, options.strength)
 
@@ -179,8 +184,8 @@ def _matrix_table(stream: Stream, result: MethodResult) -> Table:
     """R[i][j] in percent."""
     from rich.table import Table
 
-    table = Table(title=f"{result.method}: accuracy (%) on each task (column) after learning each task (row)")
-    table.add_column("after")
+    table = Table(title=f"{result.method}: accuracy (%) on each task")
+    table.add_column("after learning")
     for task in stream.tasks:
         table.add_column(task.name, justify="right")
     for i, row in enumerate(result.matrix.values.tolist()):
@@ -190,11 +195,11 @@ def _matrix_table(stream: Stream, result: MethodResult) -> Table:
     return table
 
 
-def _summary_table(results: Sequence[MethodResult]) -> Table:
+def _summary_table(stream: Stream, results: Sequence[MethodResult]) -> Table:
     """One row of numbers for each method."""
     from rich.table import Table
 
-    table = Table(title="summary")
+    table = Table(title=f"summary: {stream.name}, {stream.setting}-incremental")
     table.add_column("method")
     for heading in (
         "average\naccuracy",

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from limpet.scenarios.runner import MethodResult
 from limpet.scenarios.streams import Stream
 
@@ -52,16 +54,17 @@ def accuracy_curves(path: Path, stream: Stream, result: MethodResult) -> None:
     for task, axes in zip(stream.tasks, panels, strict=True):
         axes.axvspan(task.index, task.index + 1, color="#56B4E9", alpha=0.25, linewidth=0)
         points = [(at, 100 * row[task.index]) for at, row in result.curve]
-        before = [(at, value) for at, value in points if at <= task.index]
-        after = [(at, value) for at, value in points if at >= task.index]
-        axes.plot(*zip(*before, strict=True), color="#999999", linewidth=1) if before else None
-        axes.plot(*zip(*after, strict=True), color="#0072B2", linewidth=1.8)
+        before = [point for point in points if point[0] <= task.index]
+        since = [point for point in points if point[0] >= task.index]
+        axes.plot(*np.array(before).reshape(-1, 2).T, color="#999999", linewidth=1)
+        axes.plot(*np.array(since).T, color="#0072B2", linewidth=1.8)
         axes.set_ylim(floor - 4, 104)
         axes.set_xlim(0, size)
         axes.set_yticks([50, 100] if floor >= 46 else [0, 50, 100])
         axes.set_xticks(range(size + 1), [])
         axes.tick_params(length=0)
-        axes.grid(axis="x", color="#dddddd", linewidth=0.8)
+        for border in range(1, size):
+            axes.axvline(border, color="#dddddd", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_ylabel(task.name, rotation=0, ha="right", va="center", labelpad=10)
         axes.annotate(
@@ -70,7 +73,7 @@ def accuracy_curves(path: Path, stream: Stream, result: MethodResult) -> None:
         )  # fmt: skip
     panels[-1].set_xticks([i + 0.5 for i in range(size)], [task.name for task in stream.tasks])
     panels[-1].set_xlabel("training on task")
-    panels[0].set_title(_title(stream, result, "accuracy on each task (%)"), loc="left")
+    panels[0].set_title(_title(stream, result, "accuracy on each task (%), shaded while it is learned"), loc="left")
     figure.savefig(path, format="png")
 
 

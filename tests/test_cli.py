@@ -1,0 +1,96 @@
+"""The command line, inside this process: what it prints, and when it refuses."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from limpet import cli
+
+FULL = os.environ.get("LIMPET_DATA")
+QUICK = ["run", "--epochs", "1", "--batch-size", "500", "--fisher-samples", "20"]
+
+
+def test_run_prints_progress_and_tables_and_writes_the_report(tmp_path, capsys):
+    folder = tmp_path / "report"
+    assert cli.main([*QUICK, "--setting", "domain", "--seed", "3", "--report", str(folder)]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert sum(line.startswith(("finetune: task ", "ewc: task ")) for line in lines) == 10
+    assert lines[0].startswith("finetune: task 1/5 (0/1), epoch 1/1, loss ")
+    assert lines[0].endswith(" left")
+    for text in (
+        "finetune: accuracy (%)",
+        "ewc: accuracy (%)",
+        "mnist-subset, domain-incremental",
+        "BWT",
+        "forgetting",
+    ):
+        assert text in out
+    assert "\x1b" not in out
+    numbers = json.loads((folder / "results.json").read_text())
+    assert list(numbers["methods"]) == ["finetune", "ewc"]
+    assert numbers["arguments"]["seed"] == numbers["stream"]["seed"] == numbers["training"]["seed"] == 3
+    assert numbers["training"]["consolidation_samples"] == 20
+
+
+def test_run_shows_a_bar_on_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert cli.main([*QUICK, "--methods", "finetune"]) == 0
+    out = capsys.readouterr().out
+    assert "━" in out
+    assert "epoch 1/1" in out
+    assert "consolidation" in out
+
+
+@pytest.mark.skipif(FULL is None, reason="LIMPET_DATA does not name a folder with the full data sets")
+def test_run_reads_a_full_data_set(capsys):
+    arguments = ["run", "--dataset", "fashion-mnist", "--data", FULL, "--methods", "finetune"]
+    assert cli.main([*arguments, "--epochs", "1", "--batch-size", "4000"]) == 0
+    assert "fashion-mnist, task-incremental" in capsys.readouterr().out
+
+
+def test_defaults_are_the_demo():
+    options = cli._parser().parse_args(["run"])
+    assert (options.dataset, options.setting, options.methods) == ("mnist-subset", "task", ["finetune", "ewc"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "mnist"], "data_dir must name the folder"),
+        (["--dataset", "mnist", "--data", "nowhere"], "no train-images-idx3-ubyte"),
+        (["--device", "warp"], "--device must name a device that answers, got 'warp'"),
+        (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--lr", "0"], "learning_rate must be above 0"),
+        (["--strength", "-1"], "strength must be finite and at least 0"),
+        (["--report", __file__], "--report must name a folder"),
+    ],
+)
+def test_mistakes_are_explained_in_one_line(capsys, arguments, message):
+    assert cli.main(["run", *arguments]) == 1
+    got = capsys.readouterr()
+    assert got.err.startswith("limpet: error: ")
+    assert got.err.count("\n") == 1
+    assert message in got.err
+    assert not got.out
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib"])
+def test_without_the_extra_it_is_named_before_any_work(package, capsys, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == package else find(name, *a))
+    assert cli.main([*QUICK, "--report", str(tmp_path / "report")]) == 1
+    got = capsys.readouterr()
+    assert f"needs {package}: pip install 'limpet[cli]'" in got.err
+    assert not got.out
+
+
+def test_importing_limpet_leaves_the_command_line_alone():
+    unwanted = "{'limpet.cli', 'limpet.scenarios', 'rich', 'matplotlib'}"
+    code = f"import sys, limpet; sys.exit(', '.join({unwanted} & set(sys.modules)) or None)"
+    subprocess.run([sys.executable, "-c", code], check=True)
