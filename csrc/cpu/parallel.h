@@ -13,7 +13,7 @@ namespace {
 // Calls body(i, worker) once for each i in [0, count), in any order; `worker` is below `threads` and says whose scratch
 // area to use, nothing else.
 template <class Body>
-inline void parallel_for(int threads, std::int64_t count, const Body& body) {
+inline void parallel_for([[maybe_unused]] int threads, std::int64_t count, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && count > 1 && !omp_in_parallel()) {
 #pragma omp parallel num_threads(threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from limpet import _checks, ops
 from limpet.fisher import diagonal_fisher
+from limpet.reference import wide
 
 _log = logging.getLogger("limpet")
 
@@ -20,10 +21,13 @@ _log = logging.getLogger("limpet")
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and afterwards every module's own mode again."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
+        for module, training in modes:  # parents first; train() may do more than set the flag, and undoes it here
+            if module.training != training:
+                module.train(training)
         for module, training in modes:
             module.training = training
 
@@ -65,9 +69,7 @@ class EWC:
             raise TypeError(f"model must be a torch.nn.Module, got {_checks.describe(model)}")
         self.model = model
         self.strength = _checks.finite_number("strength", strength, minimum=0.0)
-        self.decay = None if decay is None else _checks.finite_number("decay", decay, minimum=0.0)
-        if self.decay is not None and self.decay > 1.0:
-            raise ValueError(f"decay must be at most 1, got {decay!r}")
+        self.decay = _decay("decay", decay)
         self.num_tasks = 0
         self.anchors: dict[str, Tensor] = {}
         self.importances: dict[str, Tensor] = {}
@@ -80,9 +82,7 @@ class EWC:
         Raises:
             RuntimeError: a protected parameter has left the model or shrunk.
         """
-        params, anchors, importances = self._protected()
-        value = ops.quadratic_penalty(params, anchors, importances, self.strength)
-        return value + 0.5 * self.strength * self.constant if self.constant else value
+        return self._with_constant(ops.quadratic_penalty(*self._lists(self._protected()), self.strength))
 
     def add_penalty_grad_(self) -> Tensor:  # []
         """Add the penalty's gradient straight into each ``.grad``, in one pass; return the penalty without a graph.
@@ -93,9 +93,13 @@ class EWC:
         Raises:
             RuntimeError: a protected parameter has left the model or shrunk.
         """
-        params, anchors, importances = self._protected()
-        value = ops.add_quadratic_penalty_grad_(params, anchors, importances, self.strength)
-        return value + 0.5 * self.strength * self.constant if self.constant else value
+        params = self._protected()
+        learning = {name: p for name, p in params.items() if p.requires_grad}
+        frozen = {name: p for name, p in params.items() if not p.requires_grad}
+        value = ops.add_quadratic_penalty_grad_(*self._lists(learning), self.strength)
+        if frozen:
+            value = value + ops.quadratic_penalty(*self._lists(frozen), self.strength)
+        return self._with_constant(value)
 
     def consolidate(
         self,
@@ -107,7 +111,8 @@ class EWC:
     ) -> None:
         """Protect what has been learnt: measure the Fisher information on a task's data, anchor the parameters here.
 
-        The model is evaluated in evaluation mode and comes back as it was.
+        The model is evaluated in evaluation mode and comes back as it was. Parameters that are frozen meanwhile keep
+        the protection they had.
 
         Args:
             batches: the finished task's ``(inputs, targets)``, as :func:`limpet.diagonal_fisher` takes them.
@@ -118,14 +123,27 @@ class EWC:
         Raises:
             TypeError: as :func:`limpet.diagonal_fisher`.
             ValueError: as :func:`limpet.diagonal_fisher`.
-            RuntimeError: as :func:`limpet.diagonal_fisher`; nothing has been consolidated then.
+            RuntimeError: as :func:`limpet.diagonal_fisher`, or a protected parameter has left the model or shrunk.
+                Whatever is raised, nothing has been consolidated then.
         """
-        self._protected()  # before the expensive part: the model must still hold what is protected
+        self._check_model()  # before the expensive part
         with _evaluating(self.model):
             fisher = diagonal_fisher(self.model, batches, loss=loss, max_samples=max_samples, progress=progress)
+        params = self._protected()
+        anchors, importances, constant = dict(self.anchors), dict(self.importances), self.constant
         for name, param in self.model.named_parameters():
-            if name in fisher:
-                self._merge(name, param.detach(), fisher[name])
+            if name not in fisher:
+                continue
+            here = param.detach().to(fisher[name].dtype, copy=True)
+            new = torch.empty_like(here).copy_(fisher[name])  # laid out as the parameter is: read in one flat pass
+            if name not in params:
+                anchors[name], importances[name] = here, new
+            elif self.decay is not None:
+                anchors[name], importances[name] = here, new.add_(importances[name], alpha=self.decay)
+            else:
+                anchors[name], importances[name], added = _merged(anchors[name], importances[name], here, new)
+                constant += added
+        self.anchors, self.importances, self.constant = anchors, importances, constant
         self.num_tasks += 1
         self._free = frozenset()
 
@@ -142,90 +160,116 @@ class EWC:
             "importances": dict(self.importances),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a :meth:`state_dict`; tensors follow the model's parameters to their device when first used.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`; tensors follow the model's parameters to device and dtype when first used.
 
         Raises:
-            ValueError: keys are missing or unknown, or anchors and importances do not match each other.
+            TypeError: a number or a tensor of the state is none.
+            ValueError: keys are missing or unknown, a number is out of range, or anchors and importances do not match
+                each other. Nothing has been taken over then.
         """
         expected = self.state_dict().keys()
-        if not isinstance(state, dict) or state.keys() != expected:
-            got = sorted(state) if isinstance(state, dict) else _checks.describe(state)
+        if not isinstance(state, Mapping) or state.keys() != expected:
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else _checks.describe(state)
             raise ValueError(f"state must have the keys {sorted(expected)}, got {got}")
-        anchors, importances = state["anchors"], state["importances"]
-        shapes = [{name: tuple(t.shape) for name, t in tensors.items()} for tensors in (anchors, importances)]
+        strength = _checks.finite_number("state['strength']", state["strength"], minimum=0.0)
+        decay = _decay("state['decay']", state["decay"])
+        num_tasks = _checks.integer("state['num_tasks']", state["num_tasks"], minimum=0)
+        constant = _checks.finite_number("state['constant']", state["constant"], minimum=0.0)
+        anchors, importances = (_tensors(f"state[{key!r}]", state[key]) for key in ("anchors", "importances"))
+        shapes = [{(name, tuple(t.shape)) for name, t in tensors.items()} for tensors in (anchors, importances)]
         if shapes[0] != shapes[1]:
-            names = sorted({n for n, _ in shapes[0].items() ^ shapes[1].items()})
+            names = sorted({name for name, _ in shapes[0] ^ shapes[1]})
             raise ValueError(f"state must hold anchors and importances of the same names and shapes, not so: {names}")
-        self.strength, self.decay = state["strength"], state["decay"]
-        self.num_tasks, self.constant = state["num_tasks"], state["constant"]
-        self.anchors = {name: t.detach().clone() for name, t in anchors.items()}
-        self.importances = {name: t.detach().clone() for name, t in importances.items()}
+        self.strength, self.decay, self.num_tasks, self.constant = strength, decay, num_tasks, constant
+        self.anchors, self.importances = anchors, importances
+        self._free = frozenset()
 
     def __repr__(self) -> str:
         return f"EWC(strength={self.strength:g}, decay={self.decay}, num_tasks={self.num_tasks})"
 
-    def _protected(self) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters with their anchors and importances, each where and as large as the parameter is now."""
-        params: list[Tensor] = []
-        anchors: list[Tensor] = []
-        importances: list[Tensor] = []
-        free: list[str] = []
-        missing = set(self.anchors)
-        for name, param in self.model.named_parameters():
-            if name not in self.anchors:
-                free.append(name)
-                continue
-            missing.discard(name)
-            self._follow(name, param)
-            if param.requires_grad:
-                params.append(param)
-                anchors.append(self.anchors[name])
-                importances.append(self.importances[name])
+    def _with_constant(self, value: Tensor) -> Tensor:  # [] -> []
+        return value + 0.5 * self.strength * self.constant if self.constant else value
+
+    def _lists(self, params: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters with their anchors and importances."""
+        return (
+            list(params.values()),
+            [self.anchors[name] for name in params],
+            [self.importances[name] for name in params],
+        )
+
+    def _check_model(self) -> dict[str, nn.Parameter]:
+        """The model's parameters, once it is clear that it still holds what is protected."""
+        params = dict(self.model.named_parameters())
+        missing = self.anchors.keys() - params.keys()
         if missing:
             raise RuntimeError(f"the model has lost parameters that are protected: {sorted(missing)}")
-        if self.num_tasks and free and self._free != frozenset(free):
-            self._free = frozenset(free)
+        for name, anchor in self.anchors.items():
+            old, new = anchor.shape, params[name].shape
+            if old != new and (len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True))):
+                raise RuntimeError(
+                    f"parameter {name!r} was consolidated with shape {list(old)}; "
+                    f"it may grow, but has shape {list(new)}"
+                )
+        return params
+
+    def _protected(self) -> dict[str, nn.Parameter]:
+        """The protected parameters, once anchors and importances are where and as large as those are now."""
+        params = self._check_model()
+        free = frozenset(name for name, p in params.items() if name not in self.anchors and p.requires_grad)
+        if self.num_tasks and free and self._free != free:
             _log.info("EWC: %d parameters are new since the last consolidation and left free", len(free))
-        return params, anchors, importances
+            self._free = free
+        protected = {name: params[name] for name in self.anchors}
+        for name, param in protected.items():
+            self._follow(name, param)
+        return protected
 
     def _follow(self, name: str, param: Tensor) -> None:
-        """Bring a parameter's anchor and importance to its device, and to its size if it grew."""
-        anchor = self.anchors[name]
+        """Bring a parameter's anchor and importance to its device and dtype, and to its size if it grew."""
+        anchor, importance = self.anchors[name], self.importances[name]
+        dtype = wide(param.dtype)
         if anchor.shape != param.shape:
-            if anchor.dim() != param.dim() or any(a > p for a, p in zip(anchor.shape, param.shape, strict=True)):
-                raise RuntimeError(
-                    f"parameter {name!r} was consolidated with shape {list(anchor.shape)}; "
-                    f"it may grow, but has shape {list(param.shape)}"
-                )
             old = tuple(slice(size) for size in anchor.shape)
-            for tensors in (self.anchors, self.importances):
-                grown = torch.zeros(param.shape, dtype=tensors[name].dtype, device=tensors[name].device)
-                grown[old] = tensors[name]
-                tensors[name] = grown
-            _log.info(
-                "EWC: %s grew from %s to %s; its old slice stays protected",
-                name,
-                *map(list, (anchor.shape, param.shape)),
-            )
-        if anchor.device != param.device:
-            self.anchors[name] = self.anchors[name].to(param.device)
-            self.importances[name] = self.importances[name].to(param.device)
+            sizes = list(anchor.shape), list(param.shape)
+            anchor, importance = (_grown(tensor, old, param) for tensor in (anchor, importance))
+            _log.info("EWC: %s grew from %s to %s; its old slice stays protected", name, *sizes)
+        for tensors, tensor in ((self.anchors, anchor), (self.importances, importance)):
+            with torch.inference_mode(False):  # they outlive this call
+                tensors[name] = tensor.to(param.device, dtype)
 
-    def _merge(self, name: str, param: Tensor, fisher: Tensor) -> None:
-        """Merge a new task's quadratic about ``param`` into the one that stands for all tasks so far."""
-        if name not in self.anchors:
-            self.anchors[name] = param.to(fisher.dtype, copy=True)
-            self.importances[name] = fisher.clone()
-            return
-        if self.decay is not None:
-            self.importances[name].mul_(self.decay).add_(fisher)
-            self.anchors[name].copy_(param)
-            return
-        old, new = self.importances[name].double(), fisher.double()
-        anchor, here = self.anchors[name].double(), param.double()
-        total = old + new
-        share = torch.where(total > 0, new / total, torch.ones_like(total))  # unimportant to all: anchored here
-        self.constant += float((old * share * (here - anchor).square()).sum())
-        self.anchors[name].copy_(anchor + share * (here - anchor))
-        self.importances[name].copy_(total)
+
+def _grown(tensor: Tensor, old: tuple[slice, ...], like: Tensor) -> Tensor:  # [*] -> like's shape
+    """Zeros but for the old slice."""
+    with torch.inference_mode(False), torch.no_grad():
+        grown = torch.zeros_like(like, dtype=tensor.dtype, device=tensor.device)
+        grown[old] = tensor
+        return grown
+
+
+def _merged(
+    anchor: Tensor, old: Tensor, here: Tensor, new: Tensor
+) -> tuple[Tensor, Tensor, float]:  # [*] each -> [*], [*]
+    """Anchor, importance and constant of the one quadratic that is the sum of ``old`` and ``new``."""
+    total = old.double() + new
+    share = torch.where(total > 0, new / total, 1.0)  # unimportant to all: anchored here
+    step = here.double() - anchor
+    constant = float((old * share * step.square()).sum())
+    return (anchor + share * step).to(anchor.dtype), total.to(old.dtype), constant
+
+
+def _decay(name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    decay = _checks.finite_number(name, value, minimum=0.0)
+    if decay > 1.0:
+        raise ValueError(f"{name} must be at most 1, got {value!r}")
+    return decay
+
+
+def _tensors(name: str, value: Any) -> dict[str, Tensor]:
+    """Copies of a mapping's floating tensors."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping from names to tensors, got {_checks.describe(value)}")
+    return {key: _checks.float_tensor(f"{name}[{key!r}]", t).detach().clone() for key, t in value.items()}
