@@ -52,20 +52,21 @@ struct Layout {
 template <class Stored, class S>
 void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std::int64_t places, std::int64_t count,
           std::int64_t readable, std::int64_t width, bool square, S* to) {
-  for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += width) {
-    std::int64_t i = 0;
-    if (step == 1) {
-      for (; i < count && i + lanes<S> <= readable; i += lanes<S>) {
-        Vector<S> v = load(from + i);
-        if (square) v *= v;
-        store<S>(v, to + i);
+  const std::int64_t vectors = ceil_div(width, lanes<S>);
+  if (step == 1 && readable >= vectors * lanes<S>) {
+    for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += width)
+      for (std::int64_t v = 0; v < vectors; ++v) {
+        const Vector<S> x = load(from + v * lanes<S>);
+        store<S>(square ? x * x : x, to + v * lanes<S>);
       }
+    return;
+  }
+  for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += width) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const S x = widen(from[i * step]);
+      to[i] = square ? x * x : x;
     }
-    for (; i < count; ++i) {
-      const S v = widen(from[i * step]);
-      to[i] = square ? v * v : v;
-    }
-    for (i = max_of(i, count); i < width; ++i) to[i] = 0;
+    for (std::int64_t i = count; i < width; ++i) to[i] = 0;
   }
 }
 
@@ -141,6 +142,10 @@ void contract(const LinearArgs& args) {
 
             const int height = static_cast<int>(min_of(kMR, args.rows - row));
             const S* const rows = row_panels + slot * layout.slot + p * chunk.samples * chunk.places * kMR;
+            // The tile's part of the result, on its way from memory while the tile is computed.
+            for (int r = 0; r < height; ++r)
+              for (std::int64_t c = 0; c < count; c += lanes<S>)
+                __builtin_prefetch(total + (row + r) * args.columns + column + c, 1);
             alignas(64) S sum[kMR * kNR<S>] = {};
             Tile<S> tile;
             for (int r = 0; r < kMR; ++r) tile.rows[r] = rows + r;
