@@ -27,7 +27,7 @@ constexpr int kNR = kNV * lanes<S>;
 
 constexpr std::int64_t kChunkRows = 512;   // places (samples x T) that are packed together
 constexpr std::int64_t kSegment = 1024;    // longest run of places of one sample
-constexpr std::int64_t kPacked = 1 << 19;  // elements packed between two barriers: a few MB, so that barriers are rare
+constexpr std::int64_t kPacked = 1 << 20;  // elements packed between two barriers: a few MB, so that barriers are rare
 
 LIMPET_FORMULA std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
   return (a + b - 1) / b;
