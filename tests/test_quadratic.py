@@ -175,6 +175,7 @@ def test_empty_list():
             r"importances\[0\] must be float64 exactly",
         ),
         ({"importances": [None]}, TypeError, r"importances\[0\] must be a torch.Tensor, got NoneType"),
+        ({"anchors": [torch.zeros(3).to_sparse()]}, TypeError, r"anchors\[0\] must be a dense tensor.*sparse_coo"),
         ({"strength": float("nan")}, ValueError, "strength must be finite, got nan"),
         ({"strength": "1"}, TypeError, "strength must be a number, got str '1'"),
         ({"anchors": [torch.zeros(3, device="meta")]}, ValueError, "on cpu"),
@@ -187,6 +188,14 @@ def test_bad_input(change, error, message):
         with pytest.raises(error, match=message):
             function(**{**good, **change})
     assert param.grad is None
+
+
+def test_a_sparse_gradient_is_refused_before_any_gradient_is_touched():
+    params = [torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)]
+    params[1].grad = torch.zeros(3).to_sparse()
+    with pytest.raises(TypeError, match=r"params\[1\].grad must be a dense torch.float32 tensor"):
+        ops.add_quadratic_penalty_grad_(params, [torch.zeros(3)] * 2, [torch.ones(3)] * 2, 1.0)
+    assert params[0].grad is None
 
 
 def test_bounds_are_those_of_the_table():

@@ -31,9 +31,11 @@ def tensor(name: str, value: Any) -> Tensor:
 
 
 def float_tensor(name: str, value: Any) -> Tensor:
-    """Require a tensor of float32, float64, bfloat16 or float16."""
+    """Require a dense tensor of float32, float64, bfloat16 or float16."""
     if tensor(name, value).dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {describe(value)}")
+    if value.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {describe(value)} with layout {value.layout}")
     return value
 
 

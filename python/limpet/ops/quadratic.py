@@ -308,7 +308,7 @@ def add_quadratic_penalty_grad_(
         A 0-d float32 tensor (float64 for float64 parameters).
 
     Raises:
-        TypeError: as :func:`quadratic_penalty`.
+        TypeError: as :func:`quadratic_penalty`, or a ``.grad`` is sparse or of another dtype than its parameter.
         ValueError: as :func:`quadratic_penalty`.
 
     >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
@@ -319,6 +319,13 @@ def add_quadratic_penalty_grad_(
     strength = _validate(params, anchors, importances, strength)
     if not params:
         return torch.zeros(())
+    for k, param in enumerate(params):
+        grad = param.grad
+        if grad is not None and (grad.layout != torch.strided or grad.dtype != param.dtype):
+            raise TypeError(
+                f"params[{k}].grad must be a dense {param.dtype} tensor, got {_checks.describe(grad)} "
+                f"with layout {grad.layout}"
+            )
     grads = []
     for param in params:
         if param.grad is None:
