@@ -221,8 +221,54 @@ def test_compiles_whole():
             TypeError,
             "indices must be an int64 or int32 tensor",
         ),
+        (
+            lambda: ops.sum_grad_squared_embedding(torch.zeros(1, 2, 3), torch.zeros(1, 2).int(), 4, padding_idx=4),
+            ValueError,
+            "padding_idx must be below num_embeddings 4, got 4",
+        ),
+        (
+            lambda: ops.sum_grad_squared_embedding(torch.zeros(3), torch.tensor(0), 4),
+            ValueError,
+            "output_grad must have at least 2 dimensions",
+        ),
+        (
+            lambda: ops.sum_grad_squared_conv(torch.zeros(1, 1, 2), torch.zeros(1, 1, 3), 2.0),
+            TypeError,
+            "kernel_size must be one integer or a sequence of 1, got float 2.0",
+        ),
+        (
+            lambda: ops.sum_grad_squared_bias(torch.zeros(2, 3).to_sparse()),
+            TypeError,
+            "output_grad must be a dense tensor, got a torch.sparse_coo torch.float32 tensor",
+        ),
     ],
 )
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def conjugated(shape):
+    """A tensor whose values lie in memory with the other sign."""
+    return torch.randn(*shape, dtype=torch.complex64).conj().imag
+
+
+def test_views_that_only_torch_knows():
+    d, a = conjugated((4, 3, 5)), conjugated((4, 3, 7))
+    assert d.is_neg()
+    want = reference.sum_grad_squared_linear(d.resolve_neg().double(), a.resolve_neg().double())
+    assert_close(ops.sum_grad_squared_linear(d, a), want)
+    assert_close(ops.sum_grad_squared_linear(d.flip(0), a.flip(0)), want)
+    one = d[:1, :1].expand(4, 3, 5)  # strides of 0
+    assert_close(ops.sum_grad_squared_linear(one, a), ops.sum_grad_squared_linear(one.contiguous(), a))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_in_its_row(value):
+    d, a = torch.randn(4, 3, 5), torch.randn(4, 3, 7)
+    d[2, 1, 3] = value
+    for places in (slice(0, 3), slice(1, 2)):
+        total = ops.sum_grad_squared_linear(d[:, places], a[:, places])
+        assert not total[3].isfinite().any()
+        assert total[:3].isfinite().all()
+        assert total[4].isfinite().all()

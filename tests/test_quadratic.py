@@ -175,10 +175,11 @@ def test_empty_list():
             r"importances\[0\] must be float64 exactly",
         ),
         ({"importances": [None]}, TypeError, r"importances\[0\] must be a torch.Tensor, got NoneType"),
-        ({"anchors": [torch.zeros(3).to_sparse()]}, TypeError, r"anchors\[0\] must be a dense tensor.*sparse_coo"),
         ({"strength": float("nan")}, ValueError, "strength must be finite, got nan"),
         ({"strength": "1"}, TypeError, "strength must be a number, got str '1'"),
+        ({"strength": 10**400}, ValueError, "strength must be finite, got 1000"),
         ({"anchors": [torch.zeros(3, device="meta")]}, ValueError, "on cpu"),
+        ({"anchors": [torch.zeros(3).to_sparse()]}, TypeError, r"anchors\[0\] must be a dense tensor, got a torch.sp"),
     ],
 )
 def test_bad_input(change, error, message):
@@ -190,12 +191,38 @@ def test_bad_input(change, error, message):
     assert param.grad is None
 
 
-def test_a_sparse_gradient_is_refused_before_any_gradient_is_touched():
-    params = [torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)]
-    params[1].grad = torch.zeros(3).to_sparse()
-    with pytest.raises(TypeError, match=r"params\[1\].grad must be a dense torch.float32 tensor"):
+def sparse_grad(param):
+    param.grad = torch.ones(3).to_sparse()
+    return param
+
+
+def narrow_grad(param):
+    param = param.detach().requires_grad_()
+    param.grad_dtype = torch.bfloat16
+    param.grad = torch.ones(3).bfloat16()
+    return param
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (sparse_grad, TypeError, r"params\[1\].grad must be a dense tensor, got a torch.sparse_coo torch.float32"),
+        pytest.param(
+            narrow_grad,
+            TypeError,
+            r"params\[1\].grad must have its parameter's dtype torch.float32, got torch.bfloat16",
+            marks=pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="this torch has no grad_dtype"),
+        ),
+        (lambda param: param * 2, ValueError, r"params\[1\] must be a leaf, whose .grad is kept, got one computed by"),
+    ],
+    ids=["sparse", "narrow", "no leaf"],
+)
+def test_gradients_that_cannot_be_added_to(change, error, message):
+    first = torch.ones(3, requires_grad=True)
+    params = [first, change(torch.ones(3, requires_grad=True))]
+    with pytest.raises(error, match=message):
         ops.add_quadratic_penalty_grad_(params, [torch.zeros(3)] * 2, [torch.ones(3)] * 2, 1.0)
-    assert params[0].grad is None
+    assert first.grad is None
 
 
 def test_bounds_are_those_of_the_table():

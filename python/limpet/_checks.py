@@ -18,8 +18,10 @@ FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 def describe(value: Any) -> str:
     """Say what was got: a tensor as dtype, shape and device; anything else as its type and repr."""
     if isinstance(value, Tensor):
+        if not _dense(value):
+            return f"a {'nested' if value.is_nested else value.layout} {value.dtype} tensor"
         return f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
 
 
@@ -34,9 +36,13 @@ def float_tensor(name: str, value: Any) -> Tensor:
     """Require a dense tensor of float32, float64, bfloat16 or float16."""
     if tensor(name, value).dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} must be a float32, float64, bfloat16 or float16 tensor, got {describe(value)}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense tensor, got {describe(value)} with layout {value.layout}")
+    if not _dense(value):
+        raise TypeError(f"{name} must be a dense tensor, got {describe(value)}")
     return value
+
+
+def _dense(value: Tensor) -> bool:
+    return value.layout == torch.strided and not value.is_nested
 
 
 def tensor_list(name: str, value: Any) -> list[Tensor]:
@@ -56,10 +62,14 @@ def finite_number(name: str, value: Any, *, minimum: float = -math.inf) -> float
     """Require a finite real number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {describe(value)}")
-    if not math.isfinite(value) or value < minimum:
+    try:
+        number = float(value)
+    except OverflowError:  # an integer that no float can hold
+        number = math.inf
+    if not math.isfinite(number) or number < minimum:
         bound = "finite" if minimum == -math.inf else f"finite and at least {minimum:g}"
         raise ValueError(f"{name} must be {bound}, got {value!r}")
-    return float(value)
+    return number
 
 
 def integer(name: str, value: Any, *, minimum: int) -> int:

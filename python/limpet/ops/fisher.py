@@ -2,6 +2,7 @@
 
 Each function takes ``into``, a tensor of the result's shape to which the sum is *added* in place; a running sum over
 batches then costs no second buffer. Without it the result is a new tensor, float32 (float64 for float64 inputs).
+It must not share memory with an input. No gradient flows through these sums.
 """
 
 from __future__ import annotations
@@ -219,6 +220,8 @@ def _product(sizes: Sequence[int]) -> int:
 
 
 def _spatial(name: str, value: Any, dims: int, minimum: int) -> list[int]:
+    if not isinstance(value, (int, Sequence)):
+        raise TypeError(f"{name} must be one integer or a sequence of {dims}, got {_checks.describe(value)}")
     values = [value] * dims if isinstance(value, int) else list(value)
     if len(values) != dims:
         raise ValueError(f"{name} must be one integer or {dims}, got {value!r}")
@@ -434,11 +437,15 @@ def sum_grad_squared_embedding(
     d = _checks.float_tensor("output_grad", output_grad)
     if _checks.tensor("indices", indices).dtype not in (torch.int64, torch.int32):
         raise TypeError(f"indices must be an int64 or int32 tensor, got {_checks.describe(indices)}")
-    if d.dim() < 2 or d.shape[:-1] != indices.shape:
+    if d.dim() < 2:
+        raise ValueError(f"output_grad must have at least 2 dimensions, got {_checks.describe(d)}")
+    if d.shape[:-1] != indices.shape:
         raise ValueError(f"indices must have shape {list(d.shape[:-1])}, got {list(indices.shape)}")
     _checks.same_device("indices", indices, "output_grad", d)
     _checks.integer("num_embeddings", num_embeddings, minimum=1)
     row = -1 if padding_idx is None else _checks.integer("padding_idx", padding_idx, minimum=0)
+    if row >= num_embeddings:
+        raise ValueError(f"padding_idx must be below num_embeddings {num_embeddings}, got {padding_idx}")
     total = _total(into, (num_embeddings, d.shape[-1]), d)
     places = _product(d.shape[1:-1])
     _embedding(total, d.reshape(d.shape[0], places, d.shape[-1]), indices.reshape(d.shape[0], places).long(), row)

@@ -308,8 +308,8 @@ def add_quadratic_penalty_grad_(
         A 0-d float32 tensor (float64 for float64 parameters).
 
     Raises:
-        TypeError: as :func:`quadratic_penalty`, or a ``.grad`` is sparse or of another dtype than its parameter.
-        ValueError: as :func:`quadratic_penalty`.
+        TypeError: as :func:`quadratic_penalty`, or a ``.grad`` is not dense or not of its parameter's dtype.
+        ValueError: as :func:`quadratic_penalty`, or a parameter is no leaf.
 
     >>> theta = torch.tensor([1.0, 3.0], requires_grad=True)
     >>> value = add_quadratic_penalty_grad_([theta], [torch.zeros(2)], [torch.tensor([2.0, 1.0])], strength=10.0)
@@ -320,12 +320,10 @@ def add_quadratic_penalty_grad_(
     if not params:
         return torch.zeros(())
     for k, param in enumerate(params):
-        grad = param.grad
-        if grad is not None and (grad.layout != torch.strided or grad.dtype != param.dtype):
-            raise TypeError(
-                f"params[{k}].grad must be a dense {param.dtype} tensor, got {_checks.describe(grad)} "
-                f"with layout {grad.layout}"
-            )
+        if not param.is_leaf:
+            raise ValueError(f"params[{k}] must be a leaf, whose .grad is kept, got one computed by {param.grad_fn}")
+        if param.grad is not None and _checks.float_tensor(f"params[{k}].grad", param.grad).dtype != param.dtype:
+            raise TypeError(f"params[{k}].grad must have its parameter's dtype {param.dtype}, got {param.grad.dtype}")
     grads = []
     for param in params:
         if param.grad is None:
