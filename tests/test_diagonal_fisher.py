@@ -255,6 +255,105 @@ def test_routed_samples_that_the_probe_sees_go_one_way() -> None:
     assert_fisher(fisher, one_by_one(model, [(x, y)] * 2), BOUND[torch.float32])
 
 
+class Picked(nn.Module):
+    """Rows picked out of the batch by their values, one linear layer applied to them all, and put back."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.linear, self.head = how, nn.Linear(4, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:  # [N, T, 4], [N]
+        n, t, _ = x.shape
+        if self.how == "mask":
+            mask = torch.arange(t) < lengths[:, None]
+            h = x.new_zeros(n, t, 6).masked_scatter(mask[..., None].expand(n, t, 6), torch.tanh(self.linear(x[mask])))
+            return self.head(h.sum(dim=1))
+        if self.how == "lengths":
+            ends = lengths.tolist()
+            rows = torch.cat([sample[:end] for sample, end in zip(x, ends, strict=True)])
+            return self.head(torch.stack([p.sum(dim=0) for p in torch.tanh(self.linear(rows)).split(ends)]))
+        order = lengths.argsort()
+        return self.head(torch.tanh(self.linear(x[order]))[order.argsort()].sum(dim=1))
+
+
+@pytest.mark.parametrize("how", ["mask", "lengths", "sort"])
+@pytest.mark.parametrize(
+    "lengths", [[[2, 2, 2, 2], [1, 3, 2, 2]], [[2, 2, 2, 1, 3]], [[1, 2, 3, 2, 1, 3]]], ids=["later", "within", "order"]
+)
+def test_rows_picked_by_value(how: str, lengths: list[list[int]]) -> None:
+    """The probe's samples have rows that a layout explains, and as many of them; the others have not."""
+    torch.manual_seed(0)
+    model = Picked(how)
+    batches = [((torch.randn(len(n), 3, 4), torch.tensor(n)), torch.randint(CLASSES, (len(n),))) for n in lengths]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert fisher.routes["head.weight"] == "fused"
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+def test_rows_that_are_where_the_layout_says_stay_fused() -> None:
+    class LastToken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.head = nn.Linear(4, 6), nn.Linear(6, CLASSES)
+
+        def forward(self, x: Tensor, last: Tensor) -> Tensor:  # [N, T, 4], [N]
+            return self.head(torch.tanh(self.linear(x))[torch.arange(len(x)), last])
+
+    torch.manual_seed(0)
+    model = LastToken()
+    batches = [((torch.randn(n, 3, 4), torch.randint(3, (n,))), torch.randint(CLASSES, (n,))) for n in (40, 2, 1)]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert set(fisher.routes.values()) == {"fused"}
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+class TokenExperts(nn.Module):
+    """Each token goes through its best expert, weighted by the gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.head = nn.Linear(4, 3), nn.Linear(4, CLASSES)
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, T, 4]
+        tokens = x.reshape(-1, 4)
+        weights, best = self.gate(tokens).softmax(dim=-1).topk(1)
+        y = torch.zeros_like(tokens)
+        for k, expert in enumerate(self.experts):
+            (rows,) = torch.where(best[:, 0] == k)
+            if len(rows):
+                y = y.index_add(0, rows, expert(tokens[rows]) * weights[rows])
+        return self.head(torch.tanh(y.view(x.shape)).mean(dim=1))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_experts_of_tokens(seed: int) -> None:
+    torch.manual_seed(seed)
+    model = TokenExperts()
+    batches = [(torch.randn(n, 3, 4), torch.randint(CLASSES, (n,))) for n in (6, 3, 3)]
+    fisher = limpet.diagonal_fisher(model, batches)
+    assert_fisher(fisher, one_by_one(model, batches), BOUND[torch.float32])
+
+
+@pytest.mark.parametrize("samples", [4, 2])
+def test_a_shared_tensor_with_as_many_rows_as_the_probe_has_samples(samples: int) -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.head = nn.Linear(4, 4), nn.Linear(4, CLASSES)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # [N, 3, 4], [3, 3]
+            return self.head((torch.softmax(self.query(x) @ x.transpose(1, 2) + mask, dim=-1) @ x).mean(dim=1))
+
+    torch.manual_seed(0)
+    model, mask = Masked(), torch.randn(3, 3)
+    x, y = torch.randn(samples, 3, 4), torch.randint(CLASSES, (samples,))
+    fisher = limpet.diagonal_fisher(model, [((x, mask), y)])
+    assert set(fisher.routes.values()) == {"fused"}
+    single = [((x[n : n + 1], mask[None]), y[n : n + 1]) for n in range(samples)]
+    assert_fisher(fisher, one_by_one(model, single), BOUND[torch.float32])
+
+
 def test_a_weight_that_is_computed_from_parameters() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 6)), nn.Tanh(), nn.Linear(6, CLASSES))

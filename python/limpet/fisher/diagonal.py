@@ -17,6 +17,7 @@ from limpet.fisher.checks import LABELS, buffers_kept, tracked_parameters
 from limpet.fisher.contributions import Contribution, join, joinable
 from limpet.fisher.layout import Layout
 from limpet.fisher.per_sample import add_squares, same_loss
+from limpet.fisher.picks import misplaced
 from limpet.fisher.probe import Probe
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.rules import Call
@@ -110,7 +111,8 @@ class _Computation:
         """Choose each parameter's way before anything is summed.
 
         A parameter that an ordinary backward would still reach has a use that no rule saw: what the rules saw of it
-        is incomplete, and it goes the per-sample way with all its uses.
+        is incomplete, and it goes the per-sample way with all its uses. So does one whose rows lie elsewhere than its
+        layout says, in a model that picks rows by their values.
         """
         slow = {self._names[leaf] for leaf in leaves(losses) & self._names.keys()}
         kinds: dict[str, list[type[Contribution]]] = defaultdict(list)
@@ -125,6 +127,9 @@ class _Computation:
             else:
                 slow.update(name for name, _ in call.uses())
         slow.update(name for name, found in kinds.items() if len(found) > 1 and not joinable(found))
+        if samples > 1 and recorder.picked:
+            wrong = misplaced(losses, recorder, uses.splits)
+            slow.update(name for key, call, _ in recorder.calls if key in wrong for name, _ in call.uses())
         self.slow.update({name: self._params[name] for name in slow})
         for _, call, _ in recorder.calls:
             call.drop(self.slow)
@@ -184,8 +189,9 @@ def diagonal_fisher(
 
     Functions that use parameters are seen as they are called, and the per-sample gradients are squared and summed
     while they are formed. Which rows of an activation belong to which sample is found out on up to three samples of
-    the first batch. Parameters for which that is not certain, or which are used in a way that no rule covers, are
-    computed exactly by one backward pass per sample.
+    the first batch; a model that picks rows by their values (routed experts, packed sequences) is checked in every
+    batch, by two more passes through the activations' gradients. Parameters for which that is not certain, or which
+    are used in a way that no rule covers, are computed exactly by one backward pass per sample.
 
     Args:
         model: on one device, in float32, float64, bfloat16 or float16. It comes back as it was found.

@@ -29,26 +29,24 @@ class Probe:
     """The layouts of a batch's calls: None in :attr:`layouts` where none or several explain what was seen."""
 
     def __init__(self, model: nn.Module, batch: Batch, loss: Loss, names: Mapping[int, str]) -> None:
-        self._names, self._model, self._loss = names, model, loss
+        self._names, self._model, self._loss, self._batch = names, model, loss, batch
         self._lead: dict[Key, torch.Size] = {}
         self._before: dict[Key, tuple[Tensor, Tensor]] = {}
         self._changed: dict[Key, Evidence] = defaultdict(list)
         self._reached: dict[Key, Evidence] = defaultdict(list)
 
         self.samples = batch.distinct(_SAMPLES)
-        self._few = batch.take(self.samples)
+        few = batch.take(self.samples)
         traced = Recorder(names, self._remember, self._note_gradient)
         with traced:
-            losses = losses_of(model, self._few, loss)
+            losses = losses_of(model, few, loss)
         self.losses = losses.detach()  # [n]
         if losses.requires_grad:
             one = torch.zeros_like(losses)
             one[_TRACED] = 1
             torch.autograd.grad(losses, traced.anchor, one, allow_unused=True)
         del losses, traced
-        mixed = [
-            self._replace(sample, by) for sample, by in ((0, 1), (1, self._few.size - 1 if self._few.size > 2 else 0))
-        ]
+        mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if few.size > 2 else 0))]
 
         self.layouts: dict[Key, Layout | None] = {
             key: self._established(key, self._changed[key] + self._reached[key]) for key in self._lead
@@ -66,8 +64,8 @@ class Probe:
 
     def _replace(self, sample: int, by: int) -> bool:
         """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
-        index = torch.arange(self._few.size)
-        index[sample] = by
+        index = self.samples.clone()
+        index[sample] = self.samples[by]
 
         def compare(key: Key, call: Call, x: Tensor, y: Tensor) -> None:
             if key not in self._before:
@@ -80,13 +78,13 @@ class Probe:
             self._changed[key].append((sample, changed))
 
         with Recorder(self._names, compare, self._note_gradient):
-            losses = losses_of(self._model, self._few.take(index), self._loss).detach()
-        others = torch.arange(self._few.size, device=losses.device) != sample
+            losses = losses_of(self._model, self._batch.take(index), self._loss).detach()
+        others = torch.arange(losses.numel(), device=losses.device) != sample
         bound = rounding(losses.dtype) * float(self.losses.abs().max())
         return bool(((losses - self.losses)[others].abs() > bound).any())
 
     def _established(self, key: Key, evidence: Evidence) -> Layout | None:
-        return established(self._lead[key], self._few.size, evidence)
+        return established(self._lead[key], self.samples.numel(), evidence)
 
     def _refuse(self) -> None:
         """Name the first call whose values a sample changes beyond its own rows."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from limpet.fisher.picks import picks_rows
 from limpet.fisher.rules import RULES, Call
 from limpet.fisher.rules.base import Saved
 
@@ -30,6 +31,7 @@ class Recorder(TorchFunctionMode):
     Attributes:
         anchor: a leaf to differentiate with respect to. Every recorded call leads to it, nothing else does, and its
             own gradient is never formed; so the parameters' hooks and ``.grad`` are not touched.
+        picked: whether a function was called through which values may decide which row is whose.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Recorder(TorchFunctionMode):
         self.names, self.on_forward, self.on_backward = names, on_forward, on_backward
         self.anchor = torch.empty(0, requires_grad=True)
         self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
+        self.picked = False
         self._seen: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -49,6 +52,7 @@ class Recorder(TorchFunctionMode):
         rule = RULES.get(func)
         found = None if rule is None else rule(self.names, *args, **(kwargs or {}))
         if found is None:
+            self.picked = self.picked or picks_rows(func, args)
             return func(*args, **(kwargs or {}))
         x, call = found
         key = (
