@@ -234,6 +234,23 @@ def test_samples_that_interact_where_no_rule_covers_a_parameter() -> None:
     refused(Scaled(), [BATCH], RuntimeError, "the loss or the model mixes samples")
 
 
+def test_checkpointing() -> None:
+    """What backward runs again, it runs by torch's own functions, which save other tensors."""
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, CLASSES)
+
+        def block(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.block, x, use_reentrant=False))
+
+    refused(Checkpointed(), [BATCH], RuntimeError, "switch checkpointing off for diagonal_fisher")
+
+
 def test_reentrant_checkpointing() -> None:
     """Its forward runs without gradients; what it hides must not come out as zeros."""
 

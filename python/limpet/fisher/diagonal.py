@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointError
 
 from limpet import _checks
 from limpet.fisher import batches as batch_reading
@@ -212,7 +213,7 @@ def diagonal_fisher(
         ValueError: an argument's value cannot be used, there are no batches, or the loss does not give one value per
             sample.
         RuntimeError: the result would not be exact: samples interact, the model is random or changes its buffers, a
-            loss or gradient is not finite, inference mode or autocast is on.
+            loss or gradient is not finite, activations are checkpointed, inference mode or autocast is on.
 
     >>> model = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
@@ -239,8 +240,14 @@ def diagonal_fisher(
     with buffers_kept(model) as buffers:
         computation = _Computation(model, loss or cross_entropy, params)
         for batch in batch_reading.up_to(batches, max_samples):
-            with torch.enable_grad():
-                computation.add(batch)
+            try:
+                with torch.enable_grad():
+                    computation.add(batch)
+            except CheckpointError as error:
+                raise RuntimeError(
+                    "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
+                    "switch checkpointing off for diagonal_fisher"
+                ) from error
             if done == 0:
                 buffers.check()
             done += batch.size
