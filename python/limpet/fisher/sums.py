@@ -31,7 +31,8 @@ class Sums:
 
     def mean(self, samples: int) -> dict[str, Tensor]:
         """The sums over ``samples``, checked."""
-        self._check()
+        if self._checked < self._batches:
+            self._check()
         if self._totals is not None:
             self._flush()
             self.running, self._totals = self._totals, None

@@ -228,24 +228,18 @@ class EWC:
 
     def _follow(self, name: str, param: Tensor) -> None:
         """Bring a parameter's anchor and importance to its device and dtype, and to its size if it grew."""
-        anchor, importance = self.anchors[name], self.importances[name]
         dtype = wide(param.dtype)
-        if anchor.shape != param.shape:
-            old = tuple(slice(size) for size in anchor.shape)
-            sizes = list(anchor.shape), list(param.shape)
-            anchor, importance = (_grown(tensor, old, param) for tensor in (anchor, importance))
-            _log.info("EWC: %s grew from %s to %s; its old slice stays protected", name, *sizes)
-        for tensors, tensor in ((self.anchors, anchor), (self.importances, importance)):
-            with torch.inference_mode(False):  # they outlive this call
-                tensors[name] = tensor.to(param.device, dtype)
-
-
-def _grown(tensor: Tensor, old: tuple[slice, ...], like: Tensor) -> Tensor:  # [*] -> like's shape
-    """Zeros but for the old slice."""
-    with torch.inference_mode(False), torch.no_grad():
-        grown = torch.zeros_like(like, dtype=tensor.dtype, device=tensor.device)
-        grown[old] = tensor
-        return grown
+        shape = self.anchors[name].shape
+        if shape != param.shape:
+            _log.info("EWC: %s grew from %s to %s; its old slice stays protected", name, list(shape), list(param.shape))
+        for tensors in (self.anchors, self.importances):
+            tensor = tensors[name]
+            if tensor.shape == param.shape and tensor.dtype == dtype and tensor.device == param.device:
+                continue
+            with torch.inference_mode(False), torch.no_grad():  # they outlive this call
+                placed = torch.zeros_like(param, dtype=dtype)
+                placed[tuple(slice(size) for size in tensor.shape)] = tensor.to(param.device, dtype)
+                tensors[name] = placed
 
 
 def _merged(
