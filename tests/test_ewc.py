@@ -352,3 +352,119 @@ def test_training_with_a_compiled_step():
     got = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(), list(model.parameters()))
     for a, b in zip(got, want, strict=True):
         assert_close(a, b)
+
+
+class Merging(nn.Linear):
+    """Does more in ``train()`` than set the flag, as some adapters do."""
+
+    merged = False
+
+    def train(self, mode=True):
+        self.merged = not mode
+        return super().train(mode)
+
+
+def test_modules_that_do_more_in_train_are_undone():
+    model = nn.Sequential(Merging(4, 6), nn.Tanh(), Merging(6, 3))
+    model[2].eval()
+    EWC(model, strength=1.0).consolidate(batches())
+    assert [m.training for m in model] == [True, True, False]
+    assert [model[0].merged, model[2].merged] == [False, True]
+
+
+def test_interrupted_while_merging(monkeypatch):
+    model = mlp()
+    ewc = EWC(model, strength=1.0)
+    ewc.consolidate(batches())
+    before = copy.deepcopy(ewc.state_dict())
+    move(model)
+    merged, calls = limpet.methods.ewc._merged, []
+
+    def twice(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return merged(*args)
+
+    monkeypatch.setattr(limpet.methods.ewc, "_merged", twice)
+    with pytest.raises(KeyboardInterrupt):
+        ewc.consolidate(batches())
+    assert_same_state(ewc.state_dict(), before)
+
+
+def test_frozen_parameters_are_not_announced_as_new(caplog):
+    model = mlp()
+    model[0].requires_grad_(False)
+    ewc = EWC(model, strength=1.0)
+    ewc.consolidate(batches())
+    with caplog.at_level(logging.INFO, logger="limpet"):
+        ewc.penalty()
+        assert not caplog.records
+        model[0].requires_grad_(True)
+        ewc.penalty()
+    assert len(caplog.records) == 1
+    ewc.consolidate(batches())
+    assert set(ewc.anchors) == {name for name, _ in model.named_parameters()}
+
+
+def test_everything_frozen():
+    model = mlp()
+    ewc = EWC(model, strength=1.0)
+    ewc.consolidate(batches())
+    move(model)
+    value = ewc.penalty().item()
+    model.requires_grad_(False)
+    assert ewc.penalty().item() == ewc.add_penalty_grad_().item() == value > 0
+
+
+def test_a_changed_strength_scales_the_constant_too():
+    model = mlp()
+    ewc = EWC(model, strength=0)
+    for _ in range(2):
+        ewc.consolidate(batches())
+        move(model)
+    assert ewc.constant > 0
+    assert ewc.penalty().item() == 0.0
+    values = []
+    for ewc.strength in (1.0, 3.0):
+        values.append(ewc.penalty().item())
+    assert values[1] == pytest.approx(3 * values[0], rel=1e-6)
+    assert values[0] > 0
+
+
+def test_tied_parameters_are_protected_once():
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False))
+    model[2].weight = model[0].weight
+    ewc = EWC(model, strength=2.0)
+    ewc.consolidate(batches(inputs=3))
+    assert list(ewc.anchors) == ["0.weight"]
+    anchor = model[0].weight.detach().clone()
+    move(model)
+    want = (ewc.importances["0.weight"].double() * (model[0].weight.detach().double() - anchor).square()).sum()
+    assert_close(ewc.penalty().detach(), want)
+
+
+def test_a_loaded_state_is_a_copy_and_an_old_one_stays():
+    model = mlp()
+    ewc, other = EWC(model, strength=1.0), EWC(model, strength=1.0)
+    ewc.consolidate(batches())
+    state = ewc.state_dict()
+    before = copy.deepcopy(state)
+    other.load_state_dict(state)
+    other.anchors["0.weight"].zero_()
+    move(model)
+    ewc.consolidate(batches())
+    assert_same_state(state, before)
+
+
+def test_tensors_placed_in_inference_mode_can_be_differentiated_later():
+    model = mlp()
+    ewc = EWC(model, strength=1.0)
+    ewc.consolidate(batches())
+    move(model)
+    model.double()
+    with torch.inference_mode():
+        value = ewc.penalty().item()
+    again = ewc.penalty()
+    again.backward()
+    assert again.item() == value > 0
