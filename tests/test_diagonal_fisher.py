@@ -473,6 +473,6 @@ def test_any_convolution(case: tuple[nn.Module, Tensor]) -> None:
 
 def test_a_model_that_picks_no_rows_is_spared_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check of models that pick rows by their values costs two passes: nothing of ours may set it off."""
-    monkeypatch.setattr("limpet.fisher.diagonal.misplaced", lambda *_: pytest.fail("an MLP picks no rows"))
+    monkeypatch.setattr("limpet.fisher.computation.misplaced", lambda *_: pytest.fail("an MLP picks no rows"))
     for model in (mlp(4, 5, 3), with_statistics(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))):
         limpet.diagonal_fisher(model, [(torch.randn(6, 4), torch.randint(3, (6,)))] * 2)

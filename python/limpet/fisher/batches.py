@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from limpet import _checks
-
-Loss = Callable[[Any, Any], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,12 +20,17 @@ class Batch:
     number: int  # counted from 0, for messages
     inputs: Any
     targets: Any
-    size: int
+    samples: Tensor  # int64 [N]: the samples' own numbers, counted over all batches
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return self.samples.shape[0]
 
     def take(self, samples: slice | Tensor) -> Batch:
         """Some of the samples, as a smaller batch."""
-        count = len(range(self.size)[samples]) if isinstance(samples, slice) else samples.numel()
-        return Batch(self.number, self._index(self.inputs, samples), self._index(self.targets, samples), count)
+        index = self._index
+        return Batch(self.number, index(self.inputs, samples), index(self.targets, samples), self.samples[samples])
 
     def _index(self, tree: Any, samples: slice | Tensor) -> Any:
         def pick(t: Tensor) -> Tensor:
@@ -51,8 +53,13 @@ class Batch:
         return torch.tensor((chosen + others)[:count])
 
 
-def read(batch: Any, number: int) -> Batch:
-    """Read a pair (inputs, targets) and count its samples."""
+# What is differentiated: K losses per sample, [N, K], from the model's outputs. The Fisher information sums the squares
+# of the gradients of all K.
+Objective = Callable[[Any, Batch], Tensor]
+
+
+def read(batch: Any, number: int, first: int) -> Batch:
+    """Read a pair (inputs, targets) whose first sample has the number ``first``."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"batches must give pairs (inputs, targets), got {_checks.describe(batch)} as batch {number}")
     inputs, targets = batch
@@ -64,14 +71,14 @@ def read(batch: Any, number: int) -> Batch:
         raise ValueError(f"batch {number} has {size} targets, but its inputs have first dimensions {sizes[0]}")
     if size == 0:
         raise ValueError(f"batch {number} holds no samples")
-    return Batch(number, inputs, targets, size)
+    return Batch(number, inputs, targets, torch.arange(first, first + size))
 
 
 def up_to(batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
     """Read batches until there are no more, or until exactly ``max_samples``, cutting the last one."""
     done = 0
     for number, pair in enumerate(batches):
-        batch = read(pair, number)
+        batch = read(pair, number, done)
         if max_samples is not None and done + batch.size > max_samples:
             batch = batch.take(slice(0, max_samples - done))
         yield batch
@@ -83,7 +90,7 @@ def up_to(batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
 def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
     """How many samples there will be: known for lists, tuples and data loaders over a whole data set."""
     if isinstance(batches, (list, tuple)):
-        known = sum(read(pair, number).size for number, pair in enumerate(batches))
+        known = sum(read(pair, number, 0).size for number, pair in enumerate(batches))
     elif isinstance(batches, DataLoader) and isinstance(batches.sampler, (SequentialSampler, RandomSampler)):
         if batches.batch_size is None:
             return None
@@ -94,19 +101,8 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
     return known if max_samples is None else min(known, max_samples)
 
 
-def cross_entropy(outputs: Any, targets: Any) -> Tensor:  # [N, C, *], [N, *] -> [N]
-    """The default loss: minus the log-likelihood of the targets, summed over a sample's places."""
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
-        raise TypeError(
-            "the default loss needs outputs of shape [N, C, *]; give loss= for this model, whose output is "
-            f"{_checks.describe(outputs)}"
-        )
-    losses = F.cross_entropy(outputs, targets, reduction="none")
-    return losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses
-
-
-def losses_of(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:  # [N]
-    """The loss of each sample, checked."""
+def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  # [N, K]
+    """The model's losses for each sample, checked."""
     inputs = batch.inputs
     device = next(model.parameters()).device
     random_state = _random_state(device)
@@ -120,18 +116,13 @@ def losses_of(model: nn.Module, batch: Batch, loss: Loss) -> Tensor:  # [N]
         raise RuntimeError(
             "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
         )
-    losses = loss(outputs, batch.targets)
-    if not isinstance(losses, Tensor) or losses.shape != (batch.size,) or not losses.is_floating_point():
-        raise ValueError(
-            f"loss must return one value per sample, a floating tensor of shape [{batch.size}] "
-            f"(reduction='none'), got {_checks.describe(losses)}"
-        )
+    losses = objective(outputs, batch)
     with torch._C.DisableTorchFunction():  # a look of ours, not the model's: the recorder is not to see it
         finite = torch.isfinite(losses.detach())
         all_finite = bool(finite.all())
     if not all_finite:
-        n = int((~finite).nonzero()[0])
-        raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n].item()}")
+        n, k = (int(i) for i in (~finite).nonzero()[0])
+        raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
     return losses
 
 

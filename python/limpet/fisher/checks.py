@@ -13,8 +13,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from limpet import _checks
 
-LABELS = ("data",)
-
 
 def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters to compute for, by name, once model and surroundings have been checked."""

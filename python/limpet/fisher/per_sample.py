@@ -7,33 +7,37 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from limpet.fisher.batches import Batch, Loss, losses_of
+from limpet.fisher.batches import Batch, Objective, losses_of
 
 
 def add_squares(
     model: nn.Module,
     batch: Batch,
-    loss: Loss,
+    objective: Objective,
     params: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
-    expected: Tensor | None,  # [N]: the losses seen in the batch
+    expected: Tensor | None,  # [N, K]: the losses seen in the batch
 ) -> None:
     """Add the squared gradient of each sample's loss to ``sums``; that loss must be as ``expected``."""
     for n in range(batch.size):
-        value = losses_of(model, batch.take(slice(n, n + 1)), loss)
+        value = losses_of(model, batch.take(slice(n, n + 1)), objective)
         if expected is not None:
             same_loss(value.detach(), expected[n : n + 1], batch, torch.tensor([n]))
         if not value.requires_grad:
             continue
-        grads = torch.autograd.grad(value, list(params.values()), torch.ones_like(value), allow_unused=True)
-        for name, grad in zip(params, grads, strict=True):
-            if grad is not None:
-                total = sums[name]
-                grad = (grad.to_dense() if grad.layout != torch.strided else grad).to(total.dtype)
-                total.addcmul_(grad, grad)
+        columns = value.unbind(dim=1)
+        for column in columns:
+            grads = torch.autograd.grad(
+                column, list(params.values()), retain_graph=column is not columns[-1], allow_unused=True
+            )
+            for name, grad in zip(params, grads, strict=True):
+                if grad is not None:
+                    total = sums[name]
+                    grad = (grad.to_dense() if grad.layout != torch.strided else grad).to(total.dtype)
+                    total.addcmul_(grad, grad)
 
 
-def same_loss(alone: Tensor, together: Tensor, batch: Batch, samples: Tensor) -> None:  # [K] each
+def same_loss(alone: Tensor, together: Tensor, batch: Batch, samples: Tensor) -> None:  # [n, K] twice, [n]
     """Require that the losses of samples do not depend on the batch around them.
 
     Batches of another size run through other kernels, so differences up to the root of the dtype's epsilon
@@ -42,8 +46,8 @@ def same_loss(alone: Tensor, together: Tensor, batch: Batch, samples: Tensor) ->
     bound = float(torch.finfo(alone.dtype).eps) ** 0.5 * together.abs().clamp(min=1.0)
     different = (alone - together).abs() > bound
     if different.any():
-        k = int(different.nonzero()[0])
+        n, k = (int(i) for i in different.nonzero()[0])
         raise RuntimeError(
-            f"the loss or the model mixes samples: in batch {batch.number} the loss of sample {int(samples[k])} "
-            f"is {together[k].item():.6g} among all {batch.size} and {alone[k].item():.6g} without the others"
+            f"the loss or the model mixes samples: in batch {batch.number} the loss of sample {int(samples[n])} "
+            f"is {together[n, k].item():.6g} among all {batch.size} and {alone[n, k].item():.6g} without the others"
         )

@@ -43,7 +43,7 @@ def picks_rows(func: Any, args: tuple[Any, ...]) -> bool:
 
 
 def misplaced(
-    losses: Tensor,  # [N]
+    losses: Tensor,  # [N, K]
     recorder: Recorder,
     splits: Mapping[Key, Split],
 ) -> set[Key]:
@@ -52,13 +52,13 @@ def misplaced(
     Each sample's loss is multiplied by a factor of its own, and so must be the gradient of each of its rows.
     """
     samples = losses.shape[0]
-    factors = torch.logspace(-_RANGE, _RANGE, samples, base=2.0, dtype=losses.dtype, device=losses.device)
-    plain = _row_sizes(losses, torch.ones_like(losses), recorder, splits)
+    factors = torch.logspace(-_RANGE, _RANGE, samples, base=2.0, dtype=losses.dtype, device=losses.device).unsqueeze(1)
+    plain = _row_sizes(losses, torch.ones_like(factors), recorder, splits)
     scaled = _row_sizes(losses, factors, recorder, splits)
     tolerance = min(rounding(losses.dtype), (2.0 ** (2 * _RANGE / (samples - 1)) - 1) / 4)
     wrong = set()
     for key, sizes in plain.items():
-        expected = sizes * factors.to(sizes).unsqueeze(1)
+        expected = sizes * factors.to(sizes)
         noise = 8 * torch.finfo(losses.dtype).eps * expected.amax() if expected.numel() else 0.0
         if not ((scaled[key] - expected).abs() <= tolerance * expected + noise).all():
             wrong.add(key)
@@ -66,8 +66,8 @@ def misplaced(
 
 
 def _row_sizes(
-    losses: Tensor,  # [N]
-    factors: Tensor,  # [N]
+    losses: Tensor,  # [N, K]
+    factors: Tensor,  # [N, 1]
     recorder: Recorder,
     splits: Mapping[Key, Split],
 ) -> dict[Key, Tensor]:  # [N, T] each
@@ -81,7 +81,7 @@ def _row_sizes(
 
     on_backward, recorder.on_backward = recorder.on_backward, note
     try:
-        torch.autograd.grad(losses, recorder.anchor, factors, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(losses, recorder.anchor, factors.expand_as(losses), retain_graph=True, allow_unused=True)
     finally:
         recorder.on_backward = on_backward
     return sizes

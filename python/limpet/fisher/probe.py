@@ -13,7 +13,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from limpet.fisher.batches import Batch, Loss, losses_of
+from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.layout import Layout, any_feature, established, rounding, rows_changed
 from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.rules import Call
@@ -28,8 +28,8 @@ _TRACED = 1  # the sample whose gradient is followed
 class Probe:
     """The layouts of a batch's calls: None in :attr:`layouts` where none or several explain what was seen."""
 
-    def __init__(self, model: nn.Module, batch: Batch, loss: Loss, names: Mapping[int, str]) -> None:
-        self._names, self._model, self._loss, self._batch = names, model, loss, batch
+    def __init__(self, model: nn.Module, batch: Batch, objective: Objective, names: Mapping[int, str]) -> None:
+        self._names, self._model, self._objective, self._batch = names, model, objective, batch
         self._lead: dict[Key, torch.Size] = {}
         self._before: dict[Key, tuple[Tensor, Tensor]] = {}
         self._changed: dict[Key, Evidence] = defaultdict(list)
@@ -39,8 +39,8 @@ class Probe:
         few = batch.take(self.samples)
         traced = Recorder(names, self._remember, self._note_gradient)
         with traced:
-            losses = losses_of(model, few, loss)
-        self.losses = losses.detach()  # [n]
+            losses = losses_of(model, few, objective)
+        self.losses = losses.detach()  # [n, K]
         if losses.requires_grad:
             one = torch.zeros_like(losses)
             one[_TRACED] = 1
@@ -78,8 +78,8 @@ class Probe:
             self._changed[key].append((sample, changed))
 
         with Recorder(self._names, compare, self._note_gradient):
-            losses = losses_of(self._model, self._batch.take(index), self._loss).detach()
-        others = torch.arange(losses.numel(), device=losses.device) != sample
+            losses = losses_of(self._model, self._batch.take(index), self._objective).detach()
+        others = torch.arange(losses.shape[0], device=losses.device) != sample
         bound = rounding(losses.dtype) * float(self.losses.abs().max())
         return bool(((losses - self.losses)[others].abs() > bound).any())
 
