@@ -79,14 +79,12 @@ def test_agrees_with_the_loop(case: Case, dtype: torch.dtype) -> None:
     assert_fisher(fisher, want, BOUND[dtype])
 
 
-ROUTES = {  # the parameters that no rule covers, or whose rows no layout explains; every other one is fused
-    "affine": {"0.1.scale", "0.1.shift"},
-    "repeated_conv": {"conv.weight"},
-    "language_model": {"positions.weight"},
-    "language_model_square": {"positions.weight"},
-    "language_model_tied": {"positions.weight", "tokens.weight"},
-    "clips": {"conv.weight", "conv.bias"},
-    "class_token": {"token", "position"},
+ROUTES = {  # the parameters that are not fused
+    "repeated_conv": {"conv.weight": "materialised"},
+    "language_model": {"positions.weight": "materialised"},
+    "language_model_square": {"positions.weight": "materialised"},
+    "language_model_tied": {"positions.weight": "materialised"},
+    "clips": {"conv.weight": "per_sample", "conv.bias": "per_sample"},
 }
 
 
@@ -94,7 +92,7 @@ ROUTES = {  # the parameters that no rule covers, or whose rows no layout explai
 def test_routes(case: Case) -> None:
     torch.manual_seed(0)
     routes = limpet.diagonal_fisher(case.make_model(), [case.make_batch(4)]).routes
-    assert {name for name, route in routes.items() if route == "per_sample"} == ROUTES.get(case.name, set())
+    assert {name: route for name, route in routes.items() if route != "fused"} == ROUTES.get(case.name, {})
 
 
 def test_resnet18() -> None:
@@ -372,7 +370,7 @@ class Sometimes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        return y * self.linear.bias if bool((x > 0).all()) else y
+        return torch.cdist(y, self.linear.bias[None]) * y if bool((x > 0).all()) else y
 
 
 def test_a_use_that_appears_later() -> None:

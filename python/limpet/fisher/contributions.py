@@ -1,35 +1,42 @@
 """What one use of a parameter adds to its sum of squared per-sample gradients.
 
-Uses of one parameter in one forward pass are joined *before* squaring: matrix-shaped ones along the places,
-vector-shaped ones by adding their per-sample gradients, which are small.
+Uses of one parameter in one forward pass are joined *before* squaring: matrix-shaped ones along the places, others by
+adding their per-sample gradients, a few samples at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 
 from limpet import ops
+from limpet.reference import wide
 
 
 class Contribution(Protocol):
-    """One parameter's use in one batch, samples in front."""
+    """One operand's use in one batch, samples in front."""
+
+    @property
+    def output_grad(self) -> Tensor:  # [N, *]
+        """The gradient at the output of the call."""
 
     def add_to(self, total: Tensor) -> None:
-        """Add the sum over samples of the squared gradient to ``total`` (the parameter's shape)."""
+        """Add the sum over samples of the squared gradient to ``total`` (the operand's shape, any strides)."""
+
+    def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # [n, *shape]
+        """Some samples' own gradients, in float32 (float64 for float64)."""
 
 
-def joinable(kinds: Sequence[type[Contribution]]) -> bool:
-    """Whether uses of these kinds can be added per sample before squaring."""
-    return len(set(kinds)) == 1 and hasattr(kinds[0], "join")
-
-
-def join(uses: Sequence[Any]) -> Contribution:
-    """The contribution of several uses of one parameter, all of one joinable kind."""
-    return uses[0] if len(uses) == 1 else type(uses[0]).join(uses)
+def _add(total: Tensor, compute: Callable[[Tensor | None], Tensor]) -> None:
+    """Let an op add into ``total``, or add its result where the op cannot: it writes contiguous tensors."""
+    if total.is_contiguous():
+        compute(total)
+    else:
+        total += compute(None)
 
 
 def _places(rows: Tensor) -> Tensor:  # [N, *, C] -> [N, T, C]
@@ -43,10 +50,19 @@ class Matrix(NamedTuple):
     input: Tensor  # [N, *, I]
 
     def add_to(self, total: Tensor) -> None:  # noqa: D102
-        ops.sum_grad_squared_linear(self.output_grad, self.input, into=total)
+        if total.is_contiguous():
+            ops.sum_grad_squared_linear(self.output_grad, self.input, into=total)
+        else:
+            _add(total.t(), lambda into: ops.sum_grad_squared_linear(self.input, self.output_grad, into=into))
+
+    def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        d, x = _places(self.output_grad[samples]), _places(self.input[samples])
+        dtype = wide(d.dtype)
+        return torch.bmm(d.to(dtype).mT, x.to(dtype)).reshape(-1, *shape)
 
     @staticmethod
-    def join(uses: Sequence[Matrix]) -> Matrix:  # noqa: D102
+    def join(uses: Sequence[Matrix]) -> Matrix:
+        """One use with the places of all."""
         return Matrix(
             torch.cat([_places(use.output_grad) for use in uses], dim=1),
             torch.cat([_places(use.input) for use in uses], dim=1),
@@ -61,12 +77,31 @@ class Table(NamedTuple):
     padding_idx: int | None
 
     def add_to(self, total: Tensor) -> None:  # noqa: D102
-        ops.sum_grad_squared_embedding(
-            self.output_grad, self.indices, total.shape[0], padding_idx=self.padding_idx, into=total
+        rows, pad = total.shape[0], self.padding_idx
+        _add(
+            total,
+            lambda into: ops.sum_grad_squared_embedding(
+                self.output_grad, self.indices, rows, padding_idx=pad, into=into
+            ),
         )
 
+    def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        d, at = self.rows(samples)
+        grads = d.new_zeros(d.shape[0], *shape)
+        at = at.unsqueeze(-1).expand_as(d)
+        return grads.scatter_add_(1, at, d)
+
+    def rows(self, samples: slice) -> tuple[Tensor, Tensor]:  # [n, T, E], int64 [n, T]
+        """The gradients of the rows that were read, and which they were; zero for padding."""
+        d, at = _places(self.output_grad[samples]), self.indices[samples].flatten(1).long()
+        d = d.to(wide(d.dtype))
+        return (d if self.padding_idx is None else d * (at != self.padding_idx).unsqueeze(-1)), at
+
     @staticmethod
-    def join(uses: Sequence[Table]) -> Table:  # noqa: D102
+    def join(uses: Sequence[Table]) -> Table:
+        """One use with the places of all."""
+        if len({use.padding_idx for use in uses}) > 1:  # zeros instead of padding
+            uses = [Table(use.rows(slice(None))[0], use.indices, None) for use in uses]
         return Table(
             torch.cat([_places(use.output_grad) for use in uses], dim=1),
             torch.cat([use.indices.reshape(use.indices.shape[0], -1) for use in uses], dim=1),
@@ -83,39 +118,37 @@ class Vector(NamedTuple):
     output_grad: Tensor  # [N, *, C] or [N, C, *]
     input: Tensor | None  # the same shape
     channel_dim: int  # -1 or 1
-    gain: Tensor | None = None  # [C]
+    gain: Tensor | None = None  # [C] or []
+    shift: Tensor | None = None  # [C], subtracted from the input
 
     def add_to(self, total: Tensor) -> None:  # noqa: D102
-        flat, direct = total.view(-1), total.view(-1) if self.gain is None else None
-        if self.input is None:
-            result = ops.sum_grad_squared_bias(self.output_grad, channel_dim=self.channel_dim, into=direct)
+        if self.gain is None and total.is_contiguous():
+            self._sum(total.view(-1))
         else:
-            result = ops.sum_grad_squared_scale(self.output_grad, self.input, channel_dim=self.channel_dim, into=direct)
-        if self.gain is not None:
-            flat.addcmul_(result, self.gain.to(result.dtype).square())
+            squares = self._sum(None)
+            if self.gain is not None:
+                squares = squares * self.gain.to(squares.dtype).square()
+            total += squares.view(total.shape)
 
-    def per_sample(self, dtype: torch.dtype) -> Tensor:  # [N, C]
-        """Each sample's own gradient."""
-        grad = self.output_grad.to(dtype)
+    def _sum(self, into: Tensor | None) -> Tensor:  # [C]
+        if self.input is None:
+            return ops.sum_grad_squared_bias(self.output_grad, channel_dim=self.channel_dim, into=into)
+        d, x = self.output_grad, self.input
+        if self.shift is not None:
+            x = x - self._along(self.shift)
+        return ops.sum_grad_squared_scale(d.to(x.dtype), x, channel_dim=self.channel_dim, into=into)
+
+    def _along(self, channels: Tensor) -> Tensor:  # [C] -> broadcasts against the input
+        return channels if self.channel_dim == -1 else channels.view(-1, *[1] * (self.output_grad.dim() - 2))
+
+    def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        grad = self.output_grad[samples].to(wide(self.output_grad.dtype))
         if self.input is not None:
-            grad = grad * self.input
+            x = self.input[samples].to(grad.dtype)
+            grad = grad * (x if self.shift is None else x - self._along(self.shift))
         grad = grad.movedim(self.channel_dim, -1)
         grad = grad.reshape(grad.shape[0], -1, grad.shape[-1]).sum(dim=1)
-        return grad if self.gain is None else grad * self.gain
-
-    @staticmethod
-    def join(uses: Sequence[Vector]) -> PerSample:  # noqa: D102
-        dtype = torch.float64 if uses[0].output_grad.dtype == torch.float64 else torch.float32
-        return PerSample(torch.stack([use.per_sample(dtype) for use in uses]).sum(dim=0))
-
-
-class PerSample(NamedTuple):
-    """Per-sample gradients of a vector, already summed over its uses."""
-
-    grad: Tensor  # [N, C]
-
-    def add_to(self, total: Tensor) -> None:  # noqa: D102
-        total.view(-1).add_(self.grad.square().sum(dim=0))
+        return (grad if self.gain is None else grad * self.gain).view(-1, *shape)
 
 
 class Convolution(NamedTuple):
@@ -129,15 +162,54 @@ class Convolution(NamedTuple):
     dilation: list[int]
     groups: int
 
+    def _geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
+        return self.kernel_size, self.stride, self.padding, self.dilation, self.groups
+
+    def _kernel(self) -> list[int]:
+        """The shape of the kernel, with a dimension of 1 where places became a spatial dimension."""
+        return [self.output_grad.shape[1], self.input.shape[1] // self.groups, *self.kernel_size]
+
     def add_to(self, total: Tensor) -> None:  # noqa: D102
-        frames = len(self.kernel_size) - (total.dim() - 2)  # 1 where places became a spatial dimension
-        ops.sum_grad_squared_conv(
-            self.output_grad,
-            self.input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            into=total.unsqueeze(2) if frames else total,
-        )
+        squares = total.view(self._kernel()) if total.is_contiguous() else None
+        result = ops.sum_grad_squared_conv(self.output_grad, self.input, *self._geometry(), into=squares)
+        if squares is None:
+            total += result.view(total.shape)
+
+    def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        dtype = wide(self.output_grad.dtype)
+        weight = self.output_grad.new_empty(self._kernel(), dtype=dtype)
+        _, stride, padding, dilation, groups = self._geometry()
+
+        def one(d: Tensor, x: Tensor) -> Tensor:  # [O, *], [C, *] -> the kernel's shape
+            d, x = d.unsqueeze(0), x.unsqueeze(0)
+            grads = torch.ops.aten.convolution_backward(
+                d, x, weight, None, stride, padding, dilation, False, [0] * len(stride), groups, (False, True, False)
+            )
+            return grads[1]
+
+        return vmap(one)(self.output_grad[samples].to(dtype), self.input[samples].to(dtype)).reshape(-1, *shape)
+
+
+def joined(uses: Sequence[Any]) -> list[Any]:
+    """As few contributions to one operand as their kinds can be joined to, before squaring."""
+    result: list[Any] = []
+    for kind in dict.fromkeys(map(type, uses)):
+        same = [use for use in uses if type(use) is kind]
+        result += [kind.join(same)] if len(same) > 1 and hasattr(kind, "join") else same
+    return result
+
+
+def add_tied(matrix: Matrix, table: Table, total: Tensor) -> None:  # total [V, E]
+    """Add the squares of a table's and a matrix's common gradient: an embedding that is also the output head.
+
+    A sample's gradient is ``M + S``, ``M`` dense and ``S`` zero but for the rows that the sample read. So ``(M + S)^2
+    = M^2 + (2 M + S) S``, where the last product is formed for those rows alone: for each place ``t`` that read row
+    ``v``, with ``S[v]`` the sum of the places' gradients ``e[t]``, it adds ``(2 M[v] + S[v]) e[t]`` to row ``v``.
+    """
+    matrix.add_to(total)
+    e, at = table.rows(slice(None))  # [N, T, E], [N, T]
+    d, h = _places(matrix.output_grad), _places(matrix.input)  # [N, P, V], [N, P, E]
+    read = d.gather(2, at.unsqueeze(1).expand(-1, d.shape[1], -1))  # [N, P, T]
+    m = torch.bmm(read.to(e.dtype).mT, h.to(e.dtype))  # [N, T, E]
+    s = torch.bmm((at.unsqueeze(2) == at.unsqueeze(1)).to(e.dtype), e)  # [N, T, E]
+    total.index_add_(0, at.flatten(), ((2 * m + s) * e).flatten(0, 1))

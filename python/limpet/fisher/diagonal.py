@@ -129,5 +129,12 @@ def diagonal_fisher(
         buffers.check()
         if done == 0:
             raise ValueError("batches must hold at least one batch, got none")
-    routes = {name: "per_sample" if name in computation.slow else "fused" for name in params}
+    routes = {
+        name: "per_sample"
+        if name in computation.slow
+        else "materialised"
+        if name in computation.materialised
+        else "fused"
+        for name in params
+    }
     return DiagonalFisher(computation.sums.mean(done), done, routes)

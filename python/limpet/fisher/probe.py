@@ -26,18 +26,25 @@ _TRACED = 1  # the sample whose gradient is followed
 
 
 class Probe:
-    """The layouts of a batch's calls: None in :attr:`layouts` where none or several explain what was seen."""
+    """The layouts of a batch's calls: None in :attr:`layouts` where none or several explain what was seen.
 
-    def __init__(self, model: nn.Module, batch: Batch, objective: Objective, names: Mapping[int, str]) -> None:
+    :attr:`shared` holds the calls of those that have none whose values do not depend on samples at all; calls that
+    cannot have a layout are added to ``declined`` at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, objective: Objective, names: Mapping[int, str], declined: set[Key]
+    ) -> None:
         self._names, self._model, self._objective, self._batch = names, model, objective, batch
+        self._declined = declined
         self._lead: dict[Key, torch.Size] = {}
-        self._before: dict[Key, tuple[Tensor, Tensor]] = {}
+        self._before: dict[Key, tuple[Tensor | None, Tensor]] = {}
         self._changed: dict[Key, Evidence] = defaultdict(list)
         self._reached: dict[Key, Evidence] = defaultdict(list)
 
         self.samples = batch.distinct(_SAMPLES)
         few = batch.take(self.samples)
-        traced = Recorder(names, self._remember, self._note_gradient)
+        traced = Recorder(names, declined, self._note_gradient, self._remember, few.size)
         with traced:
             losses = losses_of(model, few, objective)
         self.losses = losses.detach()  # [n, K]
@@ -45,19 +52,25 @@ class Probe:
             one = torch.zeros_like(losses)
             one[_TRACED] = 1
             torch.autograd.grad(losses, traced.anchor, one, allow_unused=True)
+        constant = traced.constant
         del losses, traced
         mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if few.size > 2 else 0))]
 
         self.layouts: dict[Key, Layout | None] = {
             key: self._established(key, self._changed[key] + self._reached[key]) for key in self._lead
         }
+        self.shared: set[Key] = {
+            key
+            for key, layout in self.layouts.items()
+            if layout is None and key in constant and not any(bool(rows.any()) for _, rows in self._changed[key])
+        }
         self._before.clear()
         if any(mixed):
             self._refuse()
 
-    def _remember(self, key: Key, call: Call, x: Tensor, y: Tensor) -> None:
-        self._lead[key] = x.shape[: call.lead]
-        self._before[key] = x.clone(), y.clone()  # a later function may change them in place
+    def _remember(self, key: Key, call: Call, x: Tensor | None, y: Tensor) -> None:
+        self._lead[key] = y.shape[: call.lead]
+        self._before[key] = None if x is None else x.clone(), y.clone()  # a later function may change them in place
 
     def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
         self._reached[key].append((_TRACED, any_feature(dy != 0, call.lead)))
@@ -66,19 +79,23 @@ class Probe:
         """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
         index = self.samples.clone()
         index[sample] = self.samples[by]
+        few = self._batch.take(index)
 
-        def compare(key: Key, call: Call, x: Tensor, y: Tensor) -> None:
+        def compare(key: Key, call: Call, x: Tensor | None, y: Tensor) -> None:
             if key not in self._before:
                 return
-            x_before, y_before = self._before[key]
-            if x_before.shape == x.shape and y_before.shape == y.shape:
-                changed = rows_changed(x_before, x, call.lead) | rows_changed(y_before, y, call.lead)
-            else:  # the number of rows depends on the samples: no layout can hold
-                changed = torch.ones(self._lead[key], dtype=torch.bool, device=x.device)
+            changed = torch.zeros(self._lead[key], dtype=torch.bool, device=y.device)
+            for before, after in zip(self._before[key], (x, y), strict=True):
+                if before is None or after is None:
+                    continue
+                if before.shape != after.shape:  # the number of rows depends on the samples: no layout can hold
+                    changed.fill_(True)
+                    break
+                changed |= rows_changed(before, after, call.lead)
             self._changed[key].append((sample, changed))
 
-        with Recorder(self._names, compare, self._note_gradient):
-            losses = losses_of(self._model, self._batch.take(index), self._objective).detach()
+        with Recorder(self._names, self._declined, self._note_gradient, compare, few.size):
+            losses = losses_of(self._model, few, self._objective).detach()
         others = torch.arange(losses.shape[0], device=losses.device) != sample
         bound = rounding(losses.dtype) * float(self.losses.abs().max())
         return bool(((losses - self.losses)[others].abs() > bound).any())
@@ -91,7 +108,8 @@ class Probe:
         for key in self._lead:
             changed = self._changed[key]
             if any(bool(rows.any()) for _, rows in changed) and self._established(key, changed) is None:
-                module = (key[1] or key[2] or "").rpartition(".")[0]
+                operand = key[1] or key[2]
+                module = "" if operand is None else operand.name.rpartition(".")[0]
                 raise RuntimeError(
                     f"the loss or the model mixes samples: they interact at or before {module or 'the model itself'!r}"
                 )

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from limpet.fisher.layout import candidates
+from limpet.fisher.operands import Operand, Operands
 from limpet.fisher.picks import picks_rows
-from limpet.fisher.rules import RULES, Call
+from limpet.fisher.rules import RULES, Call, Match
 from limpet.fisher.rules.base import Saved
 
-# What identifies a call in every forward pass: its function, its parameters (weight, bias), how many leading dimensions
+# What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
 # it has, and how many such calls came before it.
-Key = tuple[str, str | None, str | None, int, int]
+Key = tuple[str, Operand | None, Operand | None, int, int]
 
 
 class Recorder(TorchFunctionMode):
@@ -25,48 +30,71 @@ class Recorder(TorchFunctionMode):
 
     Args:
         names: ``id`` of each tracked parameter to its name.
-        on_forward: called with key, call, input and output of each call.
+        declined: the calls to leave alone, as no rows of theirs are a sample's own: what they compute from parameters
+            stands for a parameter where it is used next.
+        probe: how many samples there are, while layouts are looked for; calls that cannot have one are then declined.
+        on_forward: called with key, call, input (or None) and output of each call.
         on_backward: called with key, call, the output's gradient and what the rule saved.
 
     Attributes:
         anchor: a leaf to differentiate with respect to. Every recorded call leads to it, nothing else does, and its
             own gradient is never formed; so the parameters' hooks and ``.grad`` are not touched.
+        operands: what stood in a parameter's place.
+        constant: the calls whose input does not depend on anything but parameters and data.
         picked: whether a function was called through which values may decide which row is whose.
     """
 
     def __init__(
         self,
         names: Mapping[int, str],
-        on_forward: Callable[[Key, Call, Tensor, Tensor], None] | None,
+        declined: set[Key],
         on_backward: Callable[[Key, Call, Tensor, Saved], None],
+        on_forward: Callable[[Key, Call, Tensor | None, Tensor], None] | None = None,
+        probe: int = 0,
     ) -> None:
         super().__init__()
-        self.names, self.on_forward, self.on_backward = names, on_forward, on_backward
+        self.on_forward, self.on_backward = on_forward, on_backward
         self.anchor = torch.empty(0, requires_grad=True)
+        self.operands = Operands(names)
         self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
+        self.constant: set[Key] = set()
         self.picked = False
+        self._declined, self._probe = declined, probe
         self._seen: Counter[tuple[Any, ...]] = Counter()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute a call by its rule, where there is one."""
+        kwargs = kwargs or {}
         rule = RULES.get(func)
-        found = None if rule is None else rule(self.names, *args, **(kwargs or {}))
-        if found is None:
+        match = None if rule is None else rule(self.operands.find, *args, **kwargs)
+        if match is not None:
+            y = self._record(match)
+            if y is not None:
+                return y if match.after is None else match.after(y)
+        elif rule is None and _in_python(func) and any(self.operands.find(a) for a in (*args, *kwargs.values())):
+            with self:
+                return _opened(func)(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if not self.operands.compute((args, list(kwargs.values())), result):
             self.picked = self.picked or picks_rows(func, args)
-            return func(*args, **(kwargs or {}))
-        x, call = found
-        key = (
-            call.function,
-            call.weight,
-            call.bias,
-            call.lead,
-            self._seen[call.function, call.weight, call.bias],
-        )
-        self._seen[key[:3]] += 1
-        self.calls.append((key, call, x.shape[: call.lead]))
-        y = _Recorded.apply(x, self.anchor, call, key, self)
+        return result
+
+    def _record(self, match: Match) -> Tensor | None:
+        x, call, _ = match
+        lead = torch.Size(call.sizes if x is None else x.shape)[: call.lead]
+        same = (call.function, call.weight, call.bias)
+        key = (*same, call.lead, self._seen[same])
+        self._seen[same] += 1
+        if self._probe and not candidates(lead, self._probe):
+            self._declined.add(key)
+        if key in self._declined:
+            return None
+        if x is None or not x.requires_grad or self.operands.find(x) is not None:
+            self.constant.add(key)
+        self.calls.append((key, call, lead))
+        y: Tensor = _Recorded.apply(x, self.anchor, call, key, self)
         if self.on_forward is not None:
-            self.on_forward(key, call, x.detach(), y.detach())
+            self.on_forward(key, call, None if x is None else x.detach(), y.detach())
         return y
 
 
@@ -74,8 +102,14 @@ class _Recorded(torch.autograd.Function):
     """A call's value; in backward its input's gradient, while the output's gradient goes to the recorder."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, call: Call, key: Key, recorder: Recorder) -> Tensor:
-        y, saved = call.forward(x)
+    def forward(ctx: Any, x: Tensor | None, anchor: Tensor, call: Call, key: Key, recorder: Recorder) -> Tensor:
+        device = anchor.device if x is None else x.device
+        if call.autocast is not None and x is not None and torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                x = call.cast(x, torch.get_autocast_dtype(device.type) if call.autocast else torch.float32)
+                y, saved = call.forward(x)
+        else:
+            y, saved = call.forward(x)  # type: ignore[arg-type]
         ctx.save_for_backward(*saved)
         ctx.call, ctx.key, ctx.recorder = call, key, recorder
         ctx.set_materialize_grads(False)
@@ -90,6 +124,26 @@ class _Recorded(torch.autograd.Function):
         ctx.recorder.on_backward(ctx.key, ctx.call, dy, saved)
         dx = ctx.call.input_grad(dy, saved) if ctx.needs_input_grad[0] else None
         return dx, None, None, None, None
+
+
+def _in_python(func: Any) -> bool:
+    """Whether a function is written in Python, around others that may have rules."""
+    return isinstance(func, FunctionType) and func.__module__ == F.__name__
+
+
+@cache
+def _opened(func: FunctionType) -> FunctionType:
+    """A copy of the function that does its work under the mode, where the original would hand itself to the mode."""
+    answers = {name: _no for name in func.__globals__ if name.startswith("has_torch_function")}
+    copy = FunctionType(
+        func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _no(*_: Any) -> bool:
+    return False
 
 
 def leaves(root: Tensor) -> set[int]:

@@ -4,9 +4,15 @@ A rule computes the function as torch does, returns the *input's* gradient in ba
 parameter's use as a contribution; the parameter's own gradient is never formed.
 """
 
-from limpet.fisher.rules import conv, linear, norm
-from limpet.fisher.rules.base import Call, Rule
+from limpet.fisher.rules import arithmetic, conv, linear, norm, products
+from limpet.fisher.rules.base import Call, Match, Rule
 
-RULES: dict[object, Rule] = {**linear.RULES, **conv.RULES, **norm.RULES}
+RULES: dict[object, Rule] = {
+    **linear.RULES,
+    **products.RULES,
+    **arithmetic.RULES,
+    **conv.RULES,
+    **norm.RULES,
+}
 
-__all__ = ["RULES", "Call", "Rule"]
+__all__ = ["RULES", "Call", "Match", "Rule"]

@@ -3,32 +3,41 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from limpet.fisher.contributions import Contribution
+from limpet.fisher.operands import Operand
 
+Find = Callable[[Any], Operand | None]  # the operand that a value is
 Split = Callable[[Tensor], Tensor]  # [*lead, *features] -> [N, *, *features]
 Saved = tuple[Tensor, ...]
+Names = tuple[Operand | None, Operand | None]
 
 
 class Call(ABC):
-    """One call of a function that uses tracked parameters directly.
+    """One call of a function that uses operands directly.
 
     Attributes:
-        weight: name of the tracked weight, or None.
-        bias: name of the tracked bias, or None.
+        weight: the operand used as weight, or None.
+        bias: the operand used as bias, or None.
         lead: leading dimensions of input and output that count rows; the others are features.
+        w: the weight's value, or None.
+        b: the bias's value, or None.
     """
 
     function: ClassVar[str]
     weight_kind: type[Contribution]
     bias_kind: type[Contribution]
+    autocast: ClassVar[bool | None] = None  # True: computed in autocast's dtype; False: in float32; None: as it comes
+    sizes: tuple[int, ...] = ()  # of the result, for calls without an input
 
-    def __init__(self, weight: str | None, bias: str | None, lead: int) -> None:
-        self.weight, self.bias, self.lead = weight, bias, lead
+    def __init__(self, names: Names, lead: int, w: Tensor | None, b: Tensor | None) -> None:
+        self.weight, self.bias = names
+        self.lead, self.w, self.b = lead, w, b
 
     @abstractmethod
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
@@ -39,11 +48,11 @@ class Call(ABC):
         """The gradient at the input."""
 
     @abstractmethod
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:
-        """Each tracked parameter's name and contribution; ``split`` brings the samples to the front."""
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:
+        """Each operand and its contribution; ``split`` brings the samples to the front."""
 
-    def uses(self) -> Iterator[tuple[str, type[Contribution]]]:
-        """Each tracked parameter's name and the kind of its contribution."""
+    def uses(self) -> Iterator[tuple[Operand, type[Contribution]]]:
+        """Each operand and the kind of its contribution."""
         if self.weight is not None:
             yield self.weight, self.weight_kind
         if self.bias is not None:
@@ -53,27 +62,38 @@ class Call(ABC):
         """Whether rows flattened with ``places`` rows per sample can be contracted."""
         return True
 
-    def drop(self, names: Mapping[str, object]) -> None:
-        """Contribute nothing to these parameters."""
-        if self.weight in names:
+    def drop(self, unwanted: Callable[[Operand], bool]) -> None:
+        """Contribute nothing to these operands."""
+        if self.weight is not None and unwanted(self.weight):
             self.weight = None
-        if self.bias in names:
+        if self.bias is not None and unwanted(self.bias):
             self.bias = None
 
+    def cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Bring weight, bias and input to one dtype, as autocast does; the input."""
+        self.w = None if self.w is None else self.w.to(dtype)
+        self.b = None if self.b is None else self.b.to(dtype)
+        return x.to(dtype) if x.is_floating_point() else x
 
-# A rule reads the function's own arguments and returns the input (which may have been padded) and the call; or None
-# where it does not apply: the function then runs as it is.
-Rule = Callable[..., tuple[Tensor, Call] | None]
+
+class Match(NamedTuple):
+    """A function's call as a rule reads it."""
+
+    x: Tensor | None  # the input, [*lead, *features], rearranged where need be; None if operands are all there is
+    call: Call
+    after: Callable[[Tensor], Tensor] | None = None  # makes the function's result of the call's
 
 
-def tracked(
-    names: Mapping[int, str], weight: Tensor | None, bias: Tensor | None
-) -> tuple[str | None, str | None] | None:
-    """The names of both; None unless one is tracked and the other is tracked too or needs no gradient."""
-    weight_name, bias_name = names.get(id(weight)), names.get(id(bias))
-    if weight_name is None:
-        if bias_name is None or (weight is not None and weight.requires_grad):
+# A rule reads the function's own arguments; None where it does not apply: the function then runs as it is.
+Rule = Callable[..., Match | None]
+
+
+def tracked(find: Find, weight: Tensor | None, bias: Tensor | None) -> Names | None:
+    """Both operands; None unless one is an operand and the other is one too or needs no gradient."""
+    w, b = find(weight), find(bias)
+    if w is None:
+        if b is None or (weight is not None and weight.requires_grad):
             return None
-    elif bias_name is None and bias is not None and bias.requires_grad:
+    elif b is None and bias is not None and bias.requires_grad:
         return None
-    return weight_name, bias_name
+    return w, b

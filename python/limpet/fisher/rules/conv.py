@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from limpet.fisher.contributions import Contribution, Convolution, Vector
-from limpet.fisher.rules.base import Call, Rule, Saved, Split, tracked
+from limpet.fisher.operands import Operand
+from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
 
 Sizes = int | Sequence[int]
 
@@ -18,10 +19,12 @@ class Conv(Call):
     """A convolution, or a transposed one: the same contraction with input and output gradient exchanged."""
 
     weight_kind, bias_kind = Convolution, Vector
+    autocast = True
+    w: Tensor
 
     def __init__(
         self,
-        names: tuple[str | None, str | None],
+        names: Names,
         weight: Tensor,  # [O, C / groups, *k]; transposed [C, O / groups, *k]
         bias: Tensor | None,  # [O]
         stride: list[int],
@@ -31,8 +34,7 @@ class Conv(Call):
         groups: int,
         transposed: bool,
     ) -> None:
-        super().__init__(*names, lead=1)
-        self.w, self.b = weight, bias
+        super().__init__(names, 1, weight, bias)
         self.stride, self.padding, self.dilation, self.groups = stride, padding, dilation, groups
         self.output_padding, self.transposed = output_padding, transposed
 
@@ -65,7 +67,7 @@ class Conv(Call):
         """Several places per sample take one more spatial dimension, of which there are three."""
         return places == 1 or self.w.dim() < 5
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d, places = _spatial_places(split(dy), dy.dim())
         if self.weight is not None:
             x, _ = _spatial_places(split(saved[0]), dy.dim())
@@ -103,7 +105,7 @@ def _conv(dims: int, transposed: bool) -> Rule:
         return values * dims if len(values) == 1 else values
 
     def build(
-        names: Mapping[int, str],
+        find: Find,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -112,8 +114,8 @@ def _conv(dims: int, transposed: bool) -> Rule:
         output_padding: Sizes,
         dilation: Sizes,
         groups: int,
-    ) -> tuple[Tensor, Call] | None:
-        found = tracked(names, weight, bias)
+    ) -> Match | None:
+        found = tracked(find, weight, bias)
         if found is None or input.dim() != dims + 2 or weight.dim() != dims + 2:
             return None
         dilations = sizes(dilation)
@@ -122,10 +124,10 @@ def _conv(dims: int, transposed: bool) -> Rule:
         else:
             pads = sizes(padding)
         call = Conv(found, weight, bias, sizes(stride), pads, dilations, sizes(output_padding), groups, transposed)
-        return input, call
+        return Match(input, call)
 
     def conv(
-        names: Mapping[int, str],
+        find: Find,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -133,11 +135,11 @@ def _conv(dims: int, transposed: bool) -> Rule:
         padding: Sizes | str = 0,
         dilation: Sizes = 1,
         groups: int = 1,
-    ) -> tuple[Tensor, Call] | None:
-        return build(names, input, weight, bias, stride, padding, 0, dilation, groups)
+    ) -> Match | None:
+        return build(find, input, weight, bias, stride, padding, 0, dilation, groups)
 
     def conv_transpose(
-        names: Mapping[int, str],
+        find: Find,
         input: Tensor,
         weight: Tensor,
         bias: Tensor | None = None,
@@ -146,8 +148,8 @@ def _conv(dims: int, transposed: bool) -> Rule:
         output_padding: Sizes = 0,
         groups: int = 1,
         dilation: Sizes = 1,
-    ) -> tuple[Tensor, Call] | None:
-        return build(names, input, weight, bias, stride, padding, output_padding, dilation, groups)
+    ) -> Match | None:
+        return build(find, input, weight, bias, stride, padding, output_padding, dilation, groups)
 
     return conv_transpose if transposed else conv
 

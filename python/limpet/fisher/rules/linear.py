@@ -1,14 +1,15 @@
-"""Matrix products and embeddings."""
+"""Linear layers and embeddings."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from limpet.fisher.contributions import Contribution, Matrix, Table, Vector
-from limpet.fisher.rules.base import Call, Rule, Saved, Split, tracked
+from limpet.fisher.operands import Operand
+from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
 
 
 class Linear(Call):
@@ -16,10 +17,11 @@ class Linear(Call):
 
     function = "linear"
     weight_kind, bias_kind = Matrix, Vector
+    autocast = True
+    w: Tensor
 
-    def __init__(self, names: tuple[str | None, str | None], lead: int, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(*names, lead)
-        self.w, self.b = weight, bias  # [O, I], [O]
+    def __init__(self, names: Names, lead: int, w: Tensor, b: Tensor | None) -> None:  # [O, I], [O]
+        super().__init__(names, lead, w, b)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         return F.linear(x, self.w, self.b), (x,) if self.weight is not None else ()
@@ -27,7 +29,7 @@ class Linear(Call):
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
         return dy @ self.w
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = split(dy)
         if self.weight is not None:
             yield self.weight, Matrix(d, split(saved[0]))
@@ -35,14 +37,12 @@ class Linear(Call):
             yield self.bias, Vector(d, None, -1)
 
 
-def linear(
-    names: Mapping[int, str], input: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Call] | None:
-    """``F.linear``."""
-    found = tracked(names, weight, bias)
+def linear(find: Find, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Match | None:
+    """``F.linear``; a bias of another shape than ``[O]`` goes per sample."""
+    found = tracked(find, weight, bias)
     if found is None or weight.dim() != 2 or (bias is not None and bias.shape != weight.shape[:1]):
         return None
-    return input, Linear(found, input.dim() - 1, weight, bias)
+    return Match(input, Linear(found, input.dim() - 1, weight, bias))
 
 
 class Embedding(Call):
@@ -50,10 +50,11 @@ class Embedding(Call):
 
     function = "embedding"
     weight_kind = Table
+    w: Tensor
 
-    def __init__(self, name: str, lead: int, weight: Tensor, padding_idx: int | None) -> None:
-        super().__init__(name, None, lead)
-        self.w, self.padding_idx = weight, padding_idx  # [V, E]
+    def __init__(self, name: Operand, lead: int, w: Tensor, padding_idx: int | None) -> None:  # w [V, E]
+        super().__init__((name, None), lead, w, None)
+        self.padding_idx = padding_idx
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         return F.embedding(x, self.w), (x,)
@@ -61,13 +62,13 @@ class Embedding(Call):
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
         raise NotImplementedError("indices have no gradient")
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         if self.weight is not None:
             yield self.weight, Table(split(dy), split(saved[0]), self.padding_idx)
 
 
 def embedding(
-    names: Mapping[int, str],
+    find: Find,
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
@@ -75,18 +76,20 @@ def embedding(
     norm_type: float = 2.0,
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
-) -> tuple[Tensor, Call] | None:
+) -> Match | None:
     """``F.embedding``; with ``scale_grad_by_freq``, which counts over the batch, only per sample."""
-    name = names.get(id(weight))
+    name = find(weight)
     if name is None or weight.dim() != 2:
         return None
     if max_norm is not None:
-        raise RuntimeError(f"{name!r} is an embedding with max_norm={max_norm}, which changes the weights in forward")
+        raise RuntimeError(
+            f"{name.name!r} is an embedding with max_norm={max_norm}, which changes the weights in forward"
+        )
     if scale_grad_by_freq:
         return None
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    return input, Embedding(name, input.dim(), weight, padding_idx)
+    return Match(input, Embedding(name, input.dim(), weight, padding_idx))
 
 
 RULES: dict[object, Rule] = {F.linear: linear, F.embedding: embedding}

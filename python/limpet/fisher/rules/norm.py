@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from limpet.fisher.contributions import Contribution, Vector
-from limpet.fisher.rules.base import Call, Rule, Saved, Split, tracked
+from limpet.fisher.operands import Operand
+from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
 from limpet.reference import wide
-
-Names = tuple[str | None, str | None]
 
 
 class _Norm(Call):
     """``y = xhat * w + b``; subclasses say what ``xhat`` is."""
 
     weight_kind, bias_kind = Vector, Vector
+    autocast = False
 
     def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
-        super().__init__(*names, lead)
-        self.w, self.b, self.eps = weight, bias, eps
+        super().__init__(names, lead, weight, bias)
+        self.eps = eps
 
 
 # --- over the last dimensions -------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class LayerNorm(_Norm):
         x, mean, rstd = saved
         return (x.to(wide(x.dtype)) - mean).mul_(rstd)
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = split(dy.flatten(self.lead))
         if self.weight is not None:
             xhat = self.normalised(saved)
@@ -95,36 +95,36 @@ class RMSNorm(LayerNorm):
 
 
 def layer_norm(
-    names: Mapping[int, str],
+    find: Find,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,
-) -> tuple[Tensor, Call] | None:
+) -> Match | None:
     """``F.layer_norm`` and ``torch.layer_norm``."""
-    found = tracked(names, weight, bias)
+    found = tracked(find, weight, bias)
     if found is None:
         return None
     shape = list(normalized_shape)
-    return input, LayerNorm(found, input.dim() - len(shape), weight, bias, eps, shape)
+    return Match(input, LayerNorm(found, input.dim() - len(shape), weight, bias, eps, shape))
 
 
 def rms_norm(
-    names: Mapping[int, str],
+    find: Find,
     input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> tuple[Tensor, Call] | None:
+) -> Match | None:
     """``F.rms_norm`` and ``torch.rms_norm``."""
-    found = tracked(names, weight, None)
+    found = tracked(find, weight, None)
     if found is None:
         return None
     shape = list(normalized_shape)
     epsilon = torch.finfo(input.dtype).eps if eps is None else eps
-    return input, RMSNorm(found, input.dim() - len(shape), weight, None, epsilon, shape)
+    return Match(input, RMSNorm(found, input.dim() - len(shape), weight, None, epsilon, shape))
 
 
 # --- over channels ------------------------------------------------------------------------------------------
@@ -157,21 +157,17 @@ class BatchNorm(_Norm):
         factor = self._rstd() if self.w is None else self._rstd() * self.w
         return dy * factor.to(dy.dtype).view(-1, *[1] * (dy.dim() - 2))
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = channels(split(dy), dy.dim())
         if self.weight is not None:
-            # The constant 1/std per channel stays outside the sum: one pass over the activations less.
-            centred = saved[0].to(wide(dy.dtype)) - self.mean.view(-1, *[1] * (dy.dim() - 2))
-            yield (
-                self.weight,
-                Vector(d.to(centred.dtype), channels(split(centred), dy.dim()), 1, self._rstd()),
-            )
+            x = channels(split(saved[0]), dy.dim())
+            yield self.weight, Vector(d, x, 1, self._rstd(), self.mean)
         if self.bias is not None:
             yield self.bias, Vector(d, None, 1)
 
 
 def batch_norm(
-    names: Mapping[int, str],
+    find: Find,
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
@@ -181,16 +177,16 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
-) -> tuple[Tensor, Call] | None:
+) -> Match | None:
     """``F.batch_norm`` and ``torch.batch_norm``; the statistics of a batch make its samples interact."""
     if training or running_mean is None or running_var is None:
         raise RuntimeError(
             "batch_norm with the statistics of the batch makes samples interact: call model.eval() first"
         )
-    found = tracked(names, weight, bias)
+    found = tracked(find, weight, bias)
     if found is None or running_mean.requires_grad or running_var.requires_grad:
         return None
-    return input, BatchNorm(found, weight, bias, eps, running_mean, running_var)
+    return Match(input, BatchNorm(found, weight, bias, eps, running_mean, running_var))
 
 
 class GroupNorm(_Norm):
@@ -215,7 +211,7 @@ class GroupNorm(_Norm):
             dy.contiguous(), *saved, self.w, *self._sizes(saved[0]), (True, False, False)
         )[0]
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = channels(split(dy), dy.dim())
         if self.weight is not None:
             x, mean, rstd = saved  # [N, C, *], [N, G], [N, G]
@@ -227,21 +223,21 @@ class GroupNorm(_Norm):
 
 
 def group_norm(
-    names: Mapping[int, str],
+    find: Find,
     input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
-) -> tuple[Tensor, Call] | None:
+) -> Match | None:
     """``F.group_norm`` and ``torch.group_norm``."""
-    found = tracked(names, weight, bias)
-    return None if found is None else (input, GroupNorm(found, weight, bias, eps, num_groups))
+    found = tracked(find, weight, bias)
+    return None if found is None else Match(input, GroupNorm(found, weight, bias, eps, num_groups))
 
 
 def instance_norm(
-    names: Mapping[int, str],
+    find: Find,
     input: Tensor,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
@@ -251,13 +247,13 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
     cudnn_enabled: bool = True,
-) -> tuple[Tensor, Call] | None:
+) -> Match | None:
     """``F.instance_norm``: a group per channel, or with running statistics what batch normalisation does."""
     if not use_input_stats:
-        return batch_norm(names, input, running_mean, running_var, weight, bias, False, momentum, eps)
+        return batch_norm(find, input, running_mean, running_var, weight, bias, False, momentum, eps)
     if running_mean is not None:
         raise RuntimeError("instance_norm would update its running statistics: call model.eval() first")
-    return group_norm(names, input, input.shape[1], weight, bias, eps)
+    return group_norm(find, input, input.shape[1], weight, bias, eps)
 
 
 # --- PReLU --------------------------------------------------------------------------------------------------
@@ -268,10 +264,10 @@ class PReLU(Call):
 
     function = "prelu"
     weight_kind = Vector
+    w: Tensor
 
-    def __init__(self, name: str, lead: int, weight: Tensor) -> None:
-        super().__init__(name, None, lead)
-        self.w = weight  # [1] or [C]
+    def __init__(self, name: Operand, lead: int, weight: Tensor) -> None:  # [1] or [C]
+        super().__init__((name, None), lead, weight, None)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         return torch.prelu(x, self.w), (x,)
@@ -280,7 +276,7 @@ class PReLU(Call):
         w = self.w if self.w.numel() == 1 else self.w.view(-1, *[1] * (dy.dim() - 2))
         return torch.where(saved[0] > 0, dy, dy * w)
 
-    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[str, Contribution]]:  # noqa: D102
+    def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         if self.weight is None:
             return
         d, x = split(dy), split(saved[0].clamp(max=0))
@@ -290,12 +286,12 @@ class PReLU(Call):
             yield self.weight, Vector(channels(d, dy.dim()), channels(x, dy.dim()), 1)
 
 
-def prelu(names: Mapping[int, str], input: Tensor, weight: Tensor) -> tuple[Tensor, Call] | None:
+def prelu(find: Find, input: Tensor, weight: Tensor) -> Match | None:
     """``F.prelu``."""
-    name = names.get(id(weight))
+    name = find(weight)
     if name is None or input.dim() == 0 or (weight.numel() > 1 and input.dim() < 2):
         return None
-    return input, PReLU(name, input.dim() if weight.numel() == 1 else 1, weight)
+    return Match(input, PReLU(name, input.dim() if weight.numel() == 1 else 1, weight))
 
 
 RULES: dict[object, Rule] = {

@@ -1,0 +1,166 @@
+"""The uses of each parameter in one batch: joined per sample, then squared and summed when the last has arrived."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from limpet.fisher.contributions import Contribution, Matrix, Table, Vector, add_tied, joined
+from limpet.fisher.operands import Operand, Region, disjoint
+from limpet.fisher.recorder import Key
+from limpet.fisher.rules import Call
+from limpet.fisher.rules.base import Saved, Split
+from limpet.reference import wide
+
+_BYTES = 64 << 20  # of per-sample gradients formed at a time
+
+
+class Uses:
+    """Takes each call's output gradient, in backward.
+
+    Args:
+        sums: by parameter's name, the sum to add to.
+        params: by name.
+        computed: the tensors that stand for parameters, by place.
+        columns: how many gradients per sample there will be.
+    """
+
+    def __init__(
+        self, sums: Mapping[str, Tensor], params: Mapping[str, Tensor], computed: Sequence[Tensor], columns: int
+    ) -> None:
+        self._sums, self._params, self._computed, self._columns = sums, params, computed, columns
+        self.splits: dict[Key, Split] = {}
+        self._gradients: dict[Operand, list[_Gradient]] = defaultdict(list)
+        self._all: list[_Gradient] = []
+        self.materialised: set[str] = set()  # parameters whose per-sample gradients are formed
+
+    def plan(self, name: str, kinds: Mapping[Operand, list[type[Contribution]]]) -> None:
+        """Announce a parameter's uses: by operand, their kinds."""
+        for operands in _overlapping(kinds):
+            found = [kind for operand in operands for kind in kinds[operand]]
+            whole = len(operands) > 1 or operands[0].computed is not None
+            if whole or not _fuses(found):
+                self.materialised.add(name)
+            gradient = _Gradient(self, name, None if whole else operands[0].region, len(found), whole, self._columns)
+            self._all.append(gradient)
+            for operand in operands:
+                self._gradients[operand].append(gradient)
+
+    def arrived(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
+        """Take one call's output gradient."""
+        if call.weight is None and call.bias is None:
+            return
+        for operand, contribution in call.contributions(dy, saved, self.splits[key]):
+            for gradient in self._gradients[operand]:
+                gradient.take(operand, contribution)
+
+    def finish(self, last: bool) -> None:
+        """Sum what is left of a column of losses, or of the last one: some uses no loss depends on."""
+        with torch.no_grad():
+            for gradient in self._all:
+                gradient.finish(last)
+
+
+class _Gradient:
+    """One parameter's gradient, or that of a region of it which no other use overlaps."""
+
+    def __init__(self, uses: Uses, name: str, region: Region | None, count: int, whole: bool, columns: int) -> None:
+        self._uses, self._name, self._region, self._count = uses, name, region, count
+        self._whole, self._columns = whole, columns  # whole: several operands, so that the parameter's own shape counts
+        self._parts: list[tuple[Operand, Contribution]] = []
+        self._squares: Tensor | None = None  # [N, O], for the input:
+        self._input: Tensor | None = None  # [N, I]
+
+    def take(self, operand: Operand, contribution: Contribution) -> None:
+        self._parts.append((operand, contribution))
+        if len(self._parts) == self._count and not self._whole:
+            self._add()
+
+    def finish(self, last: bool) -> None:
+        if self._parts:
+            self._add()
+        if last and self._squares is not None and self._input is not None:
+            Matrix(self._squares.sqrt(), self._input.to(self._squares.dtype)).add_to(self._total())
+
+    def _total(self) -> Tensor:
+        total = self._uses._sums[self._name]
+        return total if self._region is None else self._region.of(total)
+
+    def _add(self) -> None:
+        parts, self._parts = self._parts, []
+        if self._whole:
+            self._add_dense(parts)
+            return
+        found = joined([contribution for _, contribution in parts])
+        if len(found) == 1:
+            if self._columns > 1 and isinstance(found[0], Matrix) and found[0].output_grad.dim() == 2:
+                self._keep(found[0])
+            else:
+                found[0].add_to(self._total())
+        elif {type(one) for one in found} == {Matrix, Table}:
+            matrix, table = sorted(found, key=lambda one: isinstance(one, Table))
+            add_tied(matrix, table, self._total())
+        else:
+            self._add_dense(parts)
+
+    def _keep(self, use: Matrix) -> None:
+        """Without places the squares of all columns' gradients meet the same input: one product at the end."""
+        squares = use.output_grad.to(wide(use.output_grad.dtype)).square()
+        self._squares = squares if self._squares is None else self._squares.add_(squares)
+        self._input = use.input
+
+    def _add_dense(self, parts: list[tuple[Operand, Contribution]]) -> None:
+        """Form the per-sample gradients, a few samples at a time."""
+        total = self._total()
+        samples = parts[0][1].output_grad.shape[0]
+        step = max(1, _BYTES // max(1, total.numel() * total.element_size()))
+        for start in range(0, samples, step):
+            some = slice(start, min(start + step, samples))
+            grads = total.new_zeros(some.stop - start, *total.shape)
+            computed: dict[int, Tensor] = {}
+            for operand, contribution in parts:
+                if operand.computed is not None:
+                    grad = contribution.per_sample(some, self._uses._computed[operand.computed].shape)
+                    before = computed.get(operand.computed)
+                    computed[operand.computed] = grad if before is None else before + grad
+                elif operand.region is None or not self._whole:
+                    grads += contribution.per_sample(some, total.shape)
+                else:
+                    size, stride, offset = operand.region
+                    part = grads.as_strided((len(grads), *size), (total.numel(), *stride), offset)
+                    part += contribution.per_sample(some, size)
+            for place, grad in computed.items():
+                self._pull_back(self._uses._computed[place], grad, grads)
+            total += grads.square_().sum(dim=0)
+
+    def _pull_back(self, computed: Tensor, grad: Tensor, into: Tensor) -> None:  # [*], [n, *], [n, *shape]
+        param = self._uses._params[self._name]
+        for n, one in enumerate(grad):
+            (own,) = torch.autograd.grad(computed, param, one.to(computed.dtype), retain_graph=True, allow_unused=True)
+            if own is not None:
+                into[n] += own.to_dense() if own.layout != torch.strided else own
+
+
+def _fuses(kinds: Sequence[type[Contribution]]) -> bool:
+    """Whether uses of these kinds are joined in less memory than an activation takes."""
+    return len(kinds) == 1 or set(kinds) <= {Matrix, Table} or set(kinds) == {Vector}
+
+
+def _overlapping(operands: Mapping[Operand, object]) -> list[list[Operand]]:
+    """Groups of operands that may share elements of the parameter."""
+    groups: list[list[Operand]] = []
+    for operand in operands:
+        touching = [
+            group
+            for group in groups
+            if any(
+                operand.computed is not None or o.computed is not None or not disjoint(o.region, operand.region)
+                for o in group
+            )
+        ]
+        groups = [group for group in groups if group not in touching]
+        groups.append([o for group in touching for o in group] + [operand])
+    return groups
