@@ -54,6 +54,10 @@ class Operands:
             return None
         return self._region(value) or self._found(value)
 
+    def among(self, args: Iterable[Any]) -> bool:
+        """Whether there is an operand among the arguments, or in a list among them."""
+        return any(self.find(value) is not None for value in _tensors(args))
+
     def compute(self, args: Iterable[Any], result: Any) -> bool:
         """Note the result of a function of operands alone; whether it is one."""
         operands = 0

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from limpet.fisher.layout import candidates
 from limpet.fisher.operands import Operand, Operands
 from limpet.fisher.picks import picks_rows
-from limpet.fisher.rules import RULES, Call, Match
+from limpet.fisher.rules import OPENED, RULES, Call, Match
 from limpet.fisher.rules.base import Saved
 
 # What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
@@ -71,9 +71,12 @@ class Recorder(TorchFunctionMode):
             y = self._record(match)
             if y is not None:
                 return y if match.after is None else match.after(y)
-        elif rule is None and _in_python(func) and any(self.operands.find(a) for a in (*args, *kwargs.values())):
+        opened = None if rule is not None else OPENED.get(func) or _opened(func)
+        if opened is not None and self.operands.among((args, list(kwargs.values()))):
             with self:
-                return _opened(func)(*args, **kwargs)
+                result = opened(*args, **kwargs)
+            if result is not None:
+                return result
         result = func(*args, **kwargs)
         if not self.operands.compute((args, list(kwargs.values())), result):
             self.picked = self.picked or picks_rows(func, args)
@@ -126,14 +129,11 @@ class _Recorded(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-def _in_python(func: Any) -> bool:
-    """Whether a function is written in Python, around others that may have rules."""
-    return isinstance(func, FunctionType) and func.__module__ == F.__name__
-
-
 @cache
-def _opened(func: FunctionType) -> FunctionType:
-    """A copy of the function that does its work under the mode, where the original would hand itself to the mode."""
+def _opened(func: Any) -> Callable[..., Any] | None:
+    """A copy of a function written in Python that does its work under the mode instead of handing itself to it."""
+    if not isinstance(func, FunctionType) or func.__module__ != F.__name__:
+        return None
     answers = {name: _no for name in func.__globals__ if name.startswith("has_torch_function")}
     copy = FunctionType(
         func.__code__, {**func.__globals__, **answers}, func.__name__, func.__defaults__, func.__closure__

@@ -6,6 +6,7 @@ parameter's use as a contribution; the parameter's own gradient is never formed.
 
 from limpet.fisher.rules import arithmetic, conv, linear, norm, products
 from limpet.fisher.rules.base import Call, Match, Rule
+from limpet.fisher.rules.recurrent import OPENED
 
 RULES: dict[object, Rule] = {
     **linear.RULES,
@@ -15,4 +16,4 @@ RULES: dict[object, Rule] = {
     **norm.RULES,
 }
 
-__all__ = ["RULES", "Call", "Match", "Rule"]
+__all__ = ["OPENED", "RULES", "Call", "Match", "Rule"]
