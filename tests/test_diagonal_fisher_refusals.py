@@ -275,11 +275,6 @@ def test_inference_mode() -> None:
         refused(model, [BATCH], RuntimeError, "outside torch.inference_mode")
 
 
-def test_autocast() -> None:
-    with torch.autocast("cpu", torch.bfloat16):
-        refused(mlp(4, CLASSES), [BATCH], RuntimeError, "does not support autocast yet")
-
-
 # --- losses and gradients --------------------------------------------------------------------------------------------
 
 

@@ -33,16 +33,10 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
         raise ValueError(f"parameters must share a device, got {first!r} on {one} and {second!r} on {other}")
     if (meta := torch.device("meta")) in devices:
         raise ValueError(f"parameter {devices[meta]!r} must hold values, got one on the meta device")
-    _refuse_surroundings(next(iter(devices)).type)
-    _refuse_modules(model)
-    return params
-
-
-def _refuse_surroundings(device_type: str) -> None:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("diagonal_fisher needs gradients: call it outside torch.inference_mode()")
-    if torch.is_autocast_enabled(device_type):
-        raise RuntimeError("diagonal_fisher does not support autocast yet: call it outside torch.autocast()")
+    _refuse_modules(model)
+    return params
 
 
 def _refuse_modules(model: nn.Module) -> None:

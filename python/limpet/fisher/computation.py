@@ -15,6 +15,7 @@ from limpet.fisher.layout import Layout
 from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
 from limpet.fisher.picks import misplaced
+from limpet.fisher.precision import LossScale, gradients, is_half, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.rules import Call
@@ -33,27 +34,35 @@ class Computation:
         self._names = {id(p): name for name, p in params.items()}
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
+        self._loss_scale = LossScale()
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # the parameters that go the per-sample way, from some batch on
         self.materialised: set[str] = set()  # those whose per-sample gradients are formed in some batch
 
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradients."""
-        losses = None
-        if len(self.slow) < len(self._params):
-            losses = self._add_fused(batch)
-        if self.slow:
-            add_squares(self._model, batch, self._objective, self.slow, self.sums.running, losses)
+        with without_tf32():
+            if is_half(self._params):
+                self._loss_scale.add(self.sums.running, partial(self._add, batch))
+            else:
+                self._add(batch, self.sums.running, 1.0)
         self.sums.end_batch()
 
-    def _add_fused(self, batch: Batch) -> Tensor:  # [N, K]
+    def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:
+        losses = None
+        if len(self.slow) < len(self._params):
+            losses = self._add_fused(batch, sums, scale)
+        if self.slow:
+            add_squares(self._model, batch, self._objective, self.slow, sums, losses, scale)
+
+    def _add_fused(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> Tensor:  # [N, K]
         probe = self._probe(batch) if batch.size > 1 and not self._layouts else None
-        recorder, uses, losses = self._forward(batch)
+        recorder, uses, losses = self._forward(batch, sums)
         if batch.size > 1 and probe is None and self._unknown(recorder, batch.size):
             declined = set(self._declined)
             probe = self._probe(batch)
             if declined != self._declined:
-                recorder, uses, losses = self._forward(batch)
+                recorder, uses, losses = self._forward(batch, sums)
         if probe is not None:
             same_loss(probe.losses, losses.detach()[probe.samples.to(losses.device)], batch, probe.samples)
         self._settle(recorder, losses, uses, batch.size)
@@ -61,13 +70,11 @@ class Computation:
             columns = losses.unbind(dim=1)
             for column in columns:
                 last = column is columns[-1]
-                torch.autograd.grad(
-                    column, recorder.anchor, torch.ones_like(column), retain_graph=not last, allow_unused=True
-                )
+                gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
                 uses.finish(last)
         return losses.detach()
 
-    def _forward(self, batch: Batch) -> tuple[Recorder, Uses, Tensor]:  # losses [N, K]
+    def _forward(self, batch: Batch, sums: Mapping[str, Tensor]) -> tuple[Recorder, Uses, Tensor]:  # losses [N, K]
         recorder = Recorder(self._names, self._declined, lambda *_: None)
         with recorder:
             losses = losses_of(self._model, batch, self._objective)
@@ -76,7 +83,7 @@ class Computation:
                 f"the losses of batch {batch.number} do not depend on any parameter that requires a gradient: "
                 "is something detached or under no_grad?"
             )
-        uses = Uses(self.sums.running, self._params, recorder.operands.computed, losses.shape[1])
+        uses = Uses(sums, self._params, recorder.operands.computed, losses.shape[1])
         recorder.on_backward = uses.arrived
         return recorder, uses, losses
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
+from limpet.fisher.precision import gradients, working_dtype
 
 
 def add_squares(
@@ -17,6 +18,7 @@ def add_squares(
     params: Mapping[str, Tensor],
     sums: Mapping[str, Tensor],
     expected: Tensor | None,  # [N, K]: the losses seen in the batch
+    scale: float,  # the losses are multiplied by it
 ) -> None:
     """Add the squared gradient of each sample's loss to ``sums``; that loss must be as ``expected``."""
     for n in range(batch.size):
@@ -27,8 +29,8 @@ def add_squares(
             continue
         columns = value.unbind(dim=1)
         for column in columns:
-            grads = torch.autograd.grad(
-                column, list(params.values()), retain_graph=column is not columns[-1], allow_unused=True
+            grads = gradients(
+                column, list(params.values()), torch.full_like(column, scale), retain_graph=column is not columns[-1]
             )
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
@@ -41,9 +43,9 @@ def same_loss(alone: Tensor, together: Tensor, batch: Batch, samples: Tensor) ->
     """Require that the losses of samples do not depend on the batch around them.
 
     Batches of another size run through other kernels, so differences up to the root of the dtype's epsilon
-    (3.5e-4 in float32), relative to the larger of 1 and the losses, count as rounding.
+    (3.5e-4 in float32; autocast's dtype counts), relative to the larger of 1 and the losses, count as rounding.
     """
-    bound = float(torch.finfo(alone.dtype).eps) ** 0.5 * together.abs().clamp(min=1.0)
+    bound = float(torch.finfo(working_dtype(alone)).eps) ** 0.5 * together.abs().clamp(min=1.0)
     different = (alone - together).abs() > bound
     if different.any():
         n, k = (int(i) for i in different.nonzero()[0])

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 from limpet.fisher.layout import rounding
+from limpet.fisher.precision import gradients
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Saved, Split
 
@@ -81,7 +82,7 @@ def _row_sizes(
 
     on_backward, recorder.on_backward = recorder.on_backward, note
     try:
-        torch.autograd.grad(losses, recorder.anchor, factors.expand_as(losses), retain_graph=True, allow_unused=True)
+        gradients(losses, recorder.anchor, factors.expand_as(losses), retain_graph=True)
     finally:
         recorder.on_backward = on_backward
     return sizes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.layout import Layout, any_feature, established, rounding, rows_changed
+from limpet.fisher.precision import gradients
 from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Saved
@@ -51,7 +52,7 @@ class Probe:
         if losses.requires_grad:
             one = torch.zeros_like(losses)
             one[_TRACED] = 1
-            torch.autograd.grad(losses, traced.anchor, one, allow_unused=True)
+            gradients(losses, traced.anchor, one)
         constant = traced.constant
         del losses, traced
         mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if few.size > 2 else 0))]
