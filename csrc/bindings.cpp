@@ -198,20 +198,22 @@ PYBIND11_MODULE(_core, m) {
           cpu::kernels().sum_grad_squared_conv(args);
         });
 
-  m.def("sum_grad_squared_channel", [](Address total, Address output_grad, Address input, const Fixed<4>& sizes,
-                                       const Fixed<4>& d_strides, const Fixed<4>& x_strides, int dtype, int threads) {
-    cpu::ChannelArgs args{};
-    args.total = pointer<void>(total);
-    args.output_grad = pointer<const void>(output_grad);
-    args.input = pointer<const void>(input);
-    copy(sizes, args.sizes);
-    copy(d_strides, args.output_grad_strides);
-    copy(x_strides, args.input_strides);
-    args.dtype = static_cast<Dtype>(dtype);
-    args.threads = threads;
-    const py::gil_scoped_release release;
-    cpu::kernels().sum_grad_squared_channel(args);
-  });
+  m.def("sum_grad_squared_channel",
+        [](Address total, Address output_grad, Address input, Address shift, const Fixed<4>& sizes,
+           const Fixed<4>& d_strides, const Fixed<4>& x_strides, int dtype, int threads) {
+          cpu::ChannelArgs args{};
+          args.total = pointer<void>(total);
+          args.output_grad = pointer<const void>(output_grad);
+          args.input = pointer<const void>(input);
+          args.shift = pointer<const void>(shift);
+          copy(sizes, args.sizes);
+          copy(d_strides, args.output_grad_strides);
+          copy(x_strides, args.input_strides);
+          args.dtype = static_cast<Dtype>(dtype);
+          args.threads = threads;
+          const py::gil_scoped_release release;
+          cpu::kernels().sum_grad_squared_channel(args);
+        });
 
   m.def("sum_grad_squared_embedding", [](Address total, Address output_grad, Address indices, const Fixed<4>& sizes,
                                          std::int64_t padding_idx, const Fixed<3>& d_strides, int dtype, int threads) {

@@ -125,6 +125,40 @@ def test_bias_and_scale(shape, channel_dim, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "channel_dim"), CHANNELS)
+def test_scale_with_a_shift(shape, channel_dim, dtype):
+    d, x = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    shift = 3 + torch.randn(shape[channel_dim], dtype=reference.wide(dtype))
+    wide = [channels(t.double(), channel_dim) if t.numel() else torch.zeros(0, 1, shape[-1], 1) for t in (d, x)]
+    want = reference.sum_grad_squared_scale(*wide, shift.double())
+    layouts = [(d, x), (d.mT.contiguous().mT, x)] if d.dim() > 2 else [(d, x)]
+    if d.dim() == 4:
+        layouts.append((d.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)))
+    for tensors in layouts:
+        got = ops.sum_grad_squared_scale(*tensors, channel_dim=channel_dim, shift=shift)
+        assert_close(got, want, reference.wide(dtype))
+
+
+@given(sizes=st.tuples(*[st.integers(0, 4)] * 2, st.integers(1, 70), st.integers(0, 70)), seed=st.integers(0, 99))
+@settings(max_examples=60)
+def test_bias_and_scale_in_any_order_of_memory(sizes, seed):
+    torch.manual_seed(seed)
+    c = sizes[2]
+    order = torch.randperm(4).tolist()
+    d, x = (torch.randn([sizes[i] for i in order]).permute(*torch.tensor(order).argsort().tolist()) for _ in range(2))
+    shift = torch.randn(c)
+    bias, scale = torch.ops.limpet.sum_grad_squared_bias_, torch.ops.limpet.sum_grad_squared_scale_
+    for op, expected, tensors in (
+        (bias, reference.sum_grad_squared_bias, (d,)),
+        (scale, reference.sum_grad_squared_scale, (d, x)),
+        (scale, reference.sum_grad_squared_scale, (d, x, shift)),
+    ):
+        total = torch.zeros(c)
+        op(total, *tensors)
+        assert_close(total, expected(*(t.double() for t in tensors)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("padding_idx", [None, 2])
 def test_embedding(dtype, padding_idx):
     d, indices = torch.randn(6, 9, 70).to(dtype), torch.randint(5, (6, 9))
@@ -149,7 +183,7 @@ def test_threads_do_not_change_a_bit():
                 ops.sum_grad_squared_linear(d[:, 0], a[:, 0]),
                 ops.sum_grad_squared_conv(cd, cx, case.kernel, **case.geometry),
                 ops.sum_grad_squared_bias(bd),
-                ops.sum_grad_squared_scale(bd, bd, channel_dim=1),
+                ops.sum_grad_squared_scale(bd, bd, channel_dim=1, shift=bd[0, :, 0]),
                 ops.sum_grad_squared_embedding(d, torch.arange(1600).reshape(100, 16) % 7, 9),
             ]
         )
@@ -167,7 +201,10 @@ def test_opcheck():
         (torch.zeros(6, 2, 3, 3), cd, cx, [3, 3], [2, 1], [1, 0], [1, 2], 2),
     )
     torch.library.opcheck(library.sum_grad_squared_bias_.default, (torch.zeros(5), d[..., None]))
-    torch.library.opcheck(library.sum_grad_squared_scale_.default, (torch.zeros(5), d[..., None], d[..., None]))
+    for shift in ((), (torch.ones(5),)):
+        torch.library.opcheck(
+            library.sum_grad_squared_scale_.default, (torch.zeros(5), d[..., None], d[..., None], *shift)
+        )
     torch.library.opcheck(
         library.sum_grad_squared_embedding_.default, (torch.zeros(4, 5), d, torch.zeros(3, 2, dtype=torch.int64), -1)
     )
@@ -211,6 +248,16 @@ def test_compiles_whole():
         ),
         (lambda: ops.sum_grad_squared_bias(torch.zeros(2, 3, 4), channel_dim=7), ValueError, "must be 1 or -1, got 7"),
         (lambda: ops.sum_grad_squared_scale(torch.zeros(2, 3), torch.zeros(2, 4)), ValueError, "output_grad's shape"),
+        (
+            lambda: ops.sum_grad_squared_scale(torch.zeros(2, 3), torch.zeros(2, 3), shift=torch.zeros(2)),
+            ValueError,
+            r"shift must be a torch.float32 tensor of shape \[3\], got a torch.float32 tensor of shape \[2\]",
+        ),
+        (
+            lambda: ops.sum_grad_squared_scale(torch.zeros(2, 3), torch.zeros(2, 3), shift=torch.zeros(3).bfloat16()),
+            ValueError,
+            "shift must be a torch.float32 tensor",
+        ),
         (
             lambda: ops.sum_grad_squared_embedding(torch.zeros(1, 2, 3), torch.tensor([[0, 9]]), 4),
             ValueError,

@@ -102,6 +102,11 @@ def test_bias_and_scale(shape: tuple[int, ...], channel_dim: int, dtype: torch.d
 
         agrees_with_float64(along, along, *tensors)
 
+    def centred(d: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+        return ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim, shift=shift)
+
+    agrees_with_float64(centred, centred, d, x, torch.randn(shape[channel_dim]))
+
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_embedding(dtype: torch.dtype) -> None:

@@ -136,6 +136,9 @@ else:
         scale = reference.sum_grad_squared_scale(d.double(), x.double())
         check(fisher_channel.sum_grad_squared_bias_, (c,), bias, d)
         check(fisher_channel.sum_grad_squared_scale_, (c,), scale, d, x)
+        shift = values(c, dtype=torch.float32, seed=2, strided=False)
+        centred = reference.sum_grad_squared_scale(d.double(), x.double(), shift.double())
+        check(fisher_channel.sum_grad_squared_scale_, (c,), centred, d, x, shift)
 
     @few
     @given(st.integers(0, 4), st.integers(0, 9), st.integers(0, 40), st.sampled_from(DTYPES), st.booleans())

@@ -69,12 +69,17 @@ def scale(dtype: torch.dtype) -> None:
     fisher_channel.sum_grad_squared_scale_(torch.empty(768), d, d)
 
 
+def scale_centred(dtype: torch.dtype) -> None:
+    d = torch.empty(64, 1, 128, 256, dtype=dtype)
+    fisher_channel.sum_grad_squared_scale_(torch.empty(128), d, d, torch.empty(128))
+
+
 def embedding(dtype: torch.dtype) -> None:
     d, indices = torch.empty(8, 128, 768, dtype=dtype), torch.zeros(8, 128, dtype=torch.int64)
     fisher_embedding.sum_grad_squared_embedding_(torch.empty(100, 768), d, indices, -1)
 
 
-LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, embedding)
+LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, scale_centred, embedding)
 
 
 @pytest.fixture

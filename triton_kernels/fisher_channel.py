@@ -13,6 +13,7 @@ from limpet.triton_kernels._tiles import OPTIONS, add_partial_sums_, partial_sum
 def channel_kernel(
     d_ptr,  # [N, A, C, B]
     x_ptr,  # [N, A, C, B]; not read unless SCALE
+    shift_ptr,  # [C], contiguous; not read unless CENTRED
     partial_ptr,  # [shares, C], contiguous; [C], added to, if ADD
     N,
     A,
@@ -28,17 +29,23 @@ def channel_kernel(
     x_stride_b,
     samples_each,
     SCALE: tl.constexpr,
+    CENTRED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """``partial[s,c] = sum_{n in share s} (sum_{a,b} d[n,a,c,b] x[n,a,c,b])^2``, ``x = 1`` unless SCALE."""
+    """``partial[s,c] = sum_{n in share s} (sum_{a,b} d[n,a,c,b] (x[n,a,c,b] - shift[c]))^2``.
+
+    Without SCALE the second factor is 1, without CENTRED the shift is 0.
+    """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     b = tl.arange(0, BLOCK_B)
     first = tl.program_id(1) * samples_each
     blocks_b = tl.cdiv(B, BLOCK_B)
     d_tile = d_ptr + c.to(tl.int64)[:, None] * d_stride_c + b.to(tl.int64)[None, :] * d_stride_b
     x_tile = x_ptr + c.to(tl.int64)[:, None] * x_stride_c + b.to(tl.int64)[None, :] * x_stride_b
+    if CENTRED:
+        shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[:, None]
 
     squares = tl.zeros((BLOCK_C,), tl.float32)
     for sample in range(first, tl.minimum(first + samples_each, N)):
@@ -53,7 +60,10 @@ def channel_kernel(
             )
             if SCALE:
                 x = tl.load(x_tile + (n * x_stride_n + a * x_stride_a + start * x_stride_b), mask=inside, other=0.0)
-                d *= x.to(tl.float32)
+                x = x.to(tl.float32)
+                if CENTRED:
+                    x -= shift
+                d *= x
             grad += d
         total = tl.sum(grad, axis=1)
         squares += total * total
@@ -64,7 +74,12 @@ def channel_kernel(
     tl.store(out, squares, mask=c < C)
 
 
-def _add_channel_sums_(total: Tensor, d: Tensor, x: Tensor | None) -> None:  # [C], [N, A, C, B], [N, A, C, B]
+def _add_channel_sums_(
+    total: Tensor,  # [C], float32
+    d: Tensor,  # [N, A, C, B]
+    x: Tensor | None = None,  # [N, A, C, B]
+    shift: Tensor | None = None,  # [C], float32
+) -> None:
     if d.numel() == 0:
         return
     if d.shape[3] < d.shape[1]:  # the longer run of places is the one read in blocks
@@ -81,8 +96,10 @@ def _add_channel_sums_(total: Tensor, d: Tensor, x: Tensor | None) -> None:  # [
     each, shares = share(N, programs, 2 / (A * B))  # a partial sum against the places it sums
     partial = partial_sums(total, shares)
     channel_kernel[(programs, shares)](
-        d, d if x is None else x, partial, N, A, C, B, *d.stride(), *(d if x is None else x).stride(), each,
-        SCALE=x is not None, BLOCK_C=block_c, BLOCK_B=block_b, ADD=shares == 1, num_warps=4, **OPTIONS,
+        d, d if x is None else x, total if shift is None else shift, partial,
+        N, A, C, B, *d.stride(), *(d if x is None else x).stride(), each,
+        SCALE=x is not None, CENTRED=shift is not None, BLOCK_C=block_c, BLOCK_B=block_b, ADD=shares == 1,
+        num_warps=4, **OPTIONS,
     )  # fmt: skip
     add_partial_sums_(total, partial)
 
@@ -92,13 +109,14 @@ def sum_grad_squared_bias_(
     output_grad: Tensor,  # [N, A, C, B]
 ) -> None:
     """Add ``sum_n (sum_{a,b} d[n,a,:,b])^2`` to ``total``."""
-    _add_channel_sums_(total, output_grad, None)
+    _add_channel_sums_(total, output_grad)
 
 
 def sum_grad_squared_scale_(
     total: Tensor,  # [C], float32
     output_grad: Tensor,  # [N, A, C, B]
     input: Tensor,  # [N, A, C, B]
+    shift: Tensor | None = None,  # [C], float32
 ) -> None:
-    """Add ``sum_n (sum_{a,b} d[n,a,:,b] x[n,a,:,b])^2`` to ``total``."""
-    _add_channel_sums_(total, output_grad, input)
+    """Add ``sum_n (sum_{a,b} d[n,a,:,b] (x[n,a,:,b] - shift))^2`` to ``total``."""
+    _add_channel_sums_(total, output_grad, input, shift)

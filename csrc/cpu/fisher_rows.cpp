@@ -6,96 +6,189 @@
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
-// sum over b of d[b] * x[b] for neighbouring elements (x null: of d[b]), in independent lanes.
+// What a bias's or a scale's gradient sums over a sample's places.
+enum class Term {
+  grad,     // d
+  product,  // d x
+  centred,  // d (x - shift[c])
+};
+
+// V: an element, or a vector of them.
+template <Term term, class V>
+LIMPET_FORMULA V add_term(const V& sum, const V& d, const V& x, const V& shift) {
+  if constexpr (term == Term::grad) return sum + d;
+  if constexpr (term == Term::product) return sum + d * x;
+  return sum + d * (x - shift);
+}
+
+// A ChannelArgs whose inner places B are the more numerous ones.
 template <class Stored>
-Compute<Stored> dot(const Stored* d, const Stored* x, std::int64_t count) {
+struct Channels {
   using S = Compute<Stored>;
-  Vector<S> sums[4] = {};
+  S* total;
+  const Stored *d, *x;
+  const S* shift;
+  std::int64_t samples, outer, channels, inner;  // N, A, C, B
+  std::int64_t ds[4], xs[4];
+
+  explicit Channels(const ChannelArgs& args)
+      : total(static_cast<S*>(args.total)),
+        d(static_cast<const Stored*>(args.output_grad)),
+        x(static_cast<const Stored*>(args.input)),
+        shift(static_cast<const S*>(args.shift)),
+        samples(args.sizes[0]),
+        channels(args.sizes[2]) {
+    const int a = args.sizes[3] == 1 ? 3 : 1, b = 4 - a;
+    outer = args.sizes[a];
+    inner = args.sizes[b];
+    for (int i = 0; i < 4; ++i) {
+      const int from = i == 1 ? a : i == 3 ? b : i;
+      ds[i] = args.output_grad_strides[from];
+      xs[i] = args.input_strides[from];
+    }
+  }
+
+  // Where a channel's places of a sample start; `x_at` only where there is an x.
+  const Stored* d_at(std::int64_t n, std::int64_t a, std::int64_t c, std::int64_t b) const {
+    return d + n * ds[0] + a * ds[1] + c * ds[2] + b * ds[3];
+  }
+  const Stored* x_at(std::int64_t n, std::int64_t a, std::int64_t c, std::int64_t b) const {
+    return x + n * xs[0] + a * xs[1] + c * xs[2] + b * xs[3];
+  }
+};
+
+constexpr std::int64_t kChannels = 64;  // channels whose sums of squares are kept at a time
+
+// The sum of the terms of `count` neighbouring places, in independent lanes.
+template <Term term, class Stored>
+LIMPET_FORMULA Compute<Stored> sum_terms(const Stored* d, const Stored* x, Compute<Stored> shift, std::int64_t count) {
+  using S = Compute<Stored>;
+  using V = Vector<S>;
+  const V shifts = broadcast(shift);
+  const auto load_x = [x](std::int64_t i) { return term == Term::grad ? V{} : load(x + i); };
+  S rest = 0;
+  if (count < lanes<S>) {
+    for (std::int64_t i = 0; i < count; ++i)
+      rest = add_term<term, S>(rest, widen(d[i]), term == Term::grad ? S{} : widen(x[i]), shift);
+    return rest;
+  }
+  V sums[4] = {};
   std::int64_t i = 0;
   for (; i + 4 * lanes<S> <= count; i += 4 * lanes<S>)
     for (int k = 0; k < 4; ++k) {
       const std::int64_t at = i + k * lanes<S>;
-      sums[k] += x ? load(d + at) * load(x + at) : load(d + at);
+      sums[k] = add_term<term>(sums[k], load(d + at), load_x(at), shifts);
     }
-  const Vector<S> lane_sums = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  S sum = 0;
-  for (int lane = 0; lane < lanes<S>; ++lane) sum += lane_sums[lane];
-  for (; i < count; ++i) sum += x ? widen(d[i]) * widen(x[i]) : widen(d[i]);
-  return sum;
+  for (; i + lanes<S> <= count; i += lanes<S>) sums[0] = add_term<term>(sums[0], load(d + i), load_x(i), shifts);
+  if (i < count) {  // the last vector, of which the first values were added before
+    const std::int64_t at = count - lanes<S>;
+    sums[1] += keep_last<S>(add_term<term>(V{}, load(d + at), load_x(at), shifts), count - i);
+  }
+  return sum_lanes<S>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// [N, A, C, B] with B neighbouring (convolutions): a channel at a time.
-template <class Stored>
-void channels_first(const ChannelArgs& args, std::int64_t begin, std::int64_t end) {
+// Neighbouring places (convolutions): sample by sample, so that memory is read in order.
+template <Term term, class Stored>
+void places_adjacent(const Channels<Stored>& args, std::int64_t begin, std::int64_t end) {
   using S = Compute<Stored>;
-  const std::int64_t *const ds = args.output_grad_strides, *const xs = args.input_strides;
-  const Stored* const d = static_cast<const Stored*>(args.output_grad);
-  const Stored* const x = static_cast<const Stored*>(args.input);
-  for (std::int64_t c = begin; c < end; ++c) {
-    S total = 0;
-    for (std::int64_t n = 0; n < args.sizes[0]; ++n) {
-      S sum = 0;
-      for (std::int64_t a = 0; a < args.sizes[1]; ++a)
-        sum += dot(d + n * ds[0] + a * ds[1] + c * ds[2], x ? x + n * xs[0] + a * xs[1] + c * xs[2] : nullptr,
-                   args.sizes[3]);
-      math::add_square(total, sum);
-    }
-    static_cast<S*>(args.total)[c] += total;
+  for (std::int64_t c0 = begin; c0 < end; c0 += kChannels) {
+    const std::int64_t count = min_of(kChannels, end - c0);
+    S total[kChannels] = {};
+    for (std::int64_t n = 0; n < args.samples; ++n)
+      for (std::int64_t c = 0; c < count; ++c) {
+        const S shift = term == Term::centred ? args.shift[c0 + c] : S{};
+        S sum = 0;
+        for (std::int64_t a = 0; a < args.outer; ++a)
+          sum += sum_terms<term>(args.d_at(n, a, c0 + c, 0), term == Term::grad ? nullptr : args.x_at(n, a, c0 + c, 0),
+                                 shift, args.inner);
+        math::add_square(total[c], sum);
+      }
+    for (std::int64_t c = 0; c < count; ++c) args.total[c0 + c] += total[c];
   }
 }
 
-// Any strides: a block of channels at a time, place after place (neighbouring channels for linear layers).
-template <class Stored>
-void channels_last(const ChannelArgs& args, std::int64_t begin, std::int64_t end) {
+// `places` of one sample, `d_step` and `x_step` apart, of neighbouring channels. Unrolled where it is a constant: the
+// sums are then loaded and stored once for all of them.
+template <Term term, class Stored>
+LIMPET_FORMULA void add_places(const Stored* d, const Stored* x, const Compute<Stored>* shift, std::int64_t d_step,
+                               std::int64_t x_step, std::int64_t places, std::int64_t count, Compute<Stored>* sums) {
   using S = Compute<Stored>;
-  constexpr std::int64_t block = 256;
-  const std::int64_t *const ds = args.output_grad_strides, *const xs = args.input_strides;
-  const Stored* const d = static_cast<const Stored*>(args.output_grad);
-  const Stored* const x = static_cast<const Stored*>(args.input);
+  using V = Vector<S>;
+  std::int64_t c = 0;
+  for (; c + lanes<S> <= count; c += lanes<S>) {
+    const V shifts = term == Term::centred ? load(shift + c) : V{};
+    V sum = load(sums + c);
+    for (std::int64_t t = 0; t < places; ++t)
+      sum = add_term<term>(sum, load(d + t * d_step + c), term == Term::grad ? V{} : load(x + t * x_step + c), shifts);
+    store<S>(sum, sums + c);
+  }
+  for (; c < count; ++c)
+    for (std::int64_t t = 0; t < places; ++t)
+      sums[c] =
+          add_term<term, S>(sums[c], widen(d[t * d_step + c]), term == Term::grad ? S{} : widen(x[t * x_step + c]),
+                            term == Term::centred ? shift[c] : S{});
+}
+
+// Neighbouring channels (linear layers, channels-last images), and any other strides.
+template <Term term, class Stored>
+void channels_adjacent(const Channels<Stored>& args, std::int64_t begin, std::int64_t end) {
+  using S = Compute<Stored>;
+  constexpr std::int64_t block = 8 * kChannels;
+  const bool adjacent = args.ds[2] == 1 && (term == Term::grad || args.xs[2] == 1);
   for (std::int64_t c0 = begin; c0 < end; c0 += block) {
     const std::int64_t count = min_of(block, end - c0);
     S total[block] = {};
-    for (std::int64_t n = 0; n < args.sizes[0]; ++n) {
-      S sum[block] = {};
-      for (std::int64_t a = 0; a < args.sizes[1]; ++a)
-        for (std::int64_t b = 0; b < args.sizes[3]; ++b) {
-          const Stored* const dp = d + n * ds[0] + a * ds[1] + c0 * ds[2] + b * ds[3];
-          const Stored* const xp = x ? x + n * xs[0] + a * xs[1] + c0 * xs[2] + b * xs[3] : nullptr;
-          if (ds[2] == 1 && (!x || xs[2] == 1)) {
-            if (x)
-              for (std::int64_t c = 0; c < count; ++c) sum[c] += widen(dp[c]) * widen(xp[c]);
-            else
-              for (std::int64_t c = 0; c < count; ++c) sum[c] += widen(dp[c]);
-          } else {
+    for (std::int64_t n = 0; n < args.samples; ++n) {
+      alignas(64) S sums[block] = {};
+      for (std::int64_t a = 0; a < args.outer; ++a) {
+        const Stored* d = args.d_at(n, a, c0, 0);
+        const Stored* x = term == Term::grad ? d : args.x_at(n, a, c0, 0);
+        const std::int64_t d_step = args.ds[3], x_step = args.xs[3];
+        const S* const shift = term == Term::centred ? args.shift + c0 : nullptr;
+        if (adjacent) {
+          std::int64_t b = 0;
+          for (; b + 4 <= args.inner; b += 4, d += 4 * d_step, x += 4 * x_step)
+            add_places<term>(d, x, shift, d_step, x_step, 4, count, sums);
+          add_places<term>(d, x, shift, d_step, x_step, args.inner - b, count, sums);
+        } else {
+          for (std::int64_t b = 0; b < args.inner; ++b, d += d_step, x += x_step)
             for (std::int64_t c = 0; c < count; ++c)
-              sum[c] += x ? widen(dp[c * ds[2]]) * widen(xp[c * xs[2]]) : widen(dp[c * ds[2]]);
-          }
+              sums[c] = add_term<term, S>(sums[c], widen(d[c * args.ds[2]]),
+                                          term == Term::grad ? S{} : widen(x[c * args.xs[2]]),
+                                          term == Term::centred ? shift[c] : S{});
         }
-      for (std::int64_t c = 0; c < count; ++c) math::add_square(total[c], sum[c]);
+      }
+      for (std::int64_t c = 0; c < count; ++c) math::add_square(total[c], sums[c]);
     }
-    for (std::int64_t c = 0; c < count; ++c) static_cast<S*>(args.total)[c0 + c] += total[c];
+    for (std::int64_t c = 0; c < count; ++c) args.total[c0 + c] += total[c];
   }
 }
 
-template <class Stored>
-void channel(const ChannelArgs& args) {
-  const std::int64_t channels = args.sizes[2];
-  const std::int64_t elements = args.sizes[0] * args.sizes[1] * channels * args.sizes[3];
-  const bool rows =
-      args.sizes[3] > 1 && args.output_grad_strides[3] == 1 && (!args.input || args.input_strides[3] == 1);
+template <Term term, class Stored>
+void channel(const Channels<Stored>& args, int threads) {
+  const bool places = args.inner > 1 && args.ds[3] == 1 && (term == Term::grad || args.xs[3] == 1);
   // Channels are cut at multiples of 16, so that a thread's stores do not share a cache line with another's.
-  const std::int64_t step = 16 * max_of(1, channels / 16 / (8 * max_of(1, args.threads)));
-  parallel_for(worthwhile(args.threads, elements), ceil_div(channels, step), [&](std::int64_t i, int) {
-    const std::int64_t begin = i * step, end = min_of(channels, begin + step);
-    if (rows)
-      channels_first<Stored>(args, begin, end);
+  const std::int64_t step = 16 * max_of(1, args.channels / 16 / (2 * max_of(1, threads)));
+  const std::int64_t elements = args.samples * args.outer * args.channels * args.inner;
+  parallel_for(worthwhile(threads, elements), ceil_div(args.channels, step), [&](std::int64_t i, int) {
+    const std::int64_t begin = i * step, end = min_of(args.channels, begin + step);
+    if (places)
+      places_adjacent<term>(args, begin, end);
     else
-      channels_last<Stored>(args, begin, end);
+      channels_adjacent<term>(args, begin, end);
   });
 }
 
 void sum_grad_squared_channel(const ChannelArgs& args) {
-  dispatch(args.dtype, [&](auto stored) { channel<decltype(stored)>(args); });
+  dispatch(args.dtype, [&](auto stored) {
+    const Channels<decltype(stored)> channels(args);
+    if (!args.input)
+      channel<Term::grad>(channels, args.threads);
+    else if (!args.shift)
+      channel<Term::product>(channels, args.threads);
+    else
+      channel<Term::centred>(channels, args.threads);
+  });
 }
 
 // Equal indices of a sample must be summed before squaring. Each place names the first place with its index

@@ -39,6 +39,7 @@ struct ChannelArgs {
   void* total;              // [C] compute type of dtype; added to
   const void* output_grad;  // [N, A, C, B]
   const void* input;        // [N, A, C, B], or null for a bias
+  const void* shift;        // [C] contiguous, compute type of dtype, taken from the input; or null
   std::int64_t sizes[4];
   std::int64_t output_grad_strides[4], input_strides[4];
   Dtype dtype;

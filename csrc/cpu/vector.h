@@ -165,6 +165,32 @@ LIMPET_FORMULA Vector<S> broadcast(S x) {
   return x - Vector<S>{};
 }
 
+template <class S, int count>
+struct Lanes {
+  typedef S type __attribute__((vector_size(count * sizeof(S))));
+};
+
+// The sum of the lanes, halves upon each other.
+template <class S, int count = lanes<S>>
+LIMPET_FORMULA S sum_lanes(const typename Lanes<S, count>::type& v) {
+  if constexpr (count == 2) {
+    return v[0] + v[1];
+  } else {
+    typename Lanes<S, count / 2>::type halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return sum_lanes<S, count / 2>(halves[0] + halves[1]);
+  }
+}
+
+// The last `count` lanes, zeros in the others; NaN does not pass.
+template <class S>
+LIMPET_FORMULA Vector<S> keep_last(const Vector<S>& v, std::int64_t count) {
+  using Mask = decltype(v < v);
+  Mask lane;
+  for (int i = 0; i < lanes<S>; ++i) lane[i] = i;
+  return bits_as<Vector<S>>(bits_as<Mask>(v) & (lane >= lanes<S> - static_cast<int>(count)));
+}
+
 // Calls body(Stored{}) with the type that `dtype` stores.
 template <class Body>
 LIMPET_FORMULA void dispatch(Dtype dtype, const Body& body) {

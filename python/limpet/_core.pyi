@@ -81,6 +81,7 @@ def sum_grad_squared_channel(
     total: int,
     output_grad: int,
     input: int,
+    shift: int,
     sizes: Sizes,
     output_grad_strides: Sizes,
     input_strides: Sizes,

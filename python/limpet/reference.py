@@ -131,10 +131,12 @@ def sum_grad_squared_bias(
 def sum_grad_squared_scale(
     output_grad: Tensor,  # [N, A, C, B]
     input: Tensor,  # [N, A, C, B]
+    shift: Tensor | None = None,  # [C], the result's dtype
 ) -> Tensor:  # [C]
-    """``sum_n (sum_{a,b} d[n,a,:,b] x[n,a,:,b])^2`` for a factor multiplied along the third dimension."""
+    """``sum_n (sum_{a,b} d[n,a,:,b] (x[n,a,:,b] - shift))^2`` for a factor multiplied along the third dimension."""
     dtype = wide(output_grad.dtype)
-    return (output_grad.to(dtype) * input.to(dtype)).sum(dim=(1, 3)).square().sum(dim=0)
+    x = input.to(dtype) if shift is None else input.to(dtype) - shift.view(-1, 1)
+    return (output_grad.to(dtype) * x).sum(dim=(1, 3)).square().sum(dim=0)
 
 
 def sum_grad_squared_embedding(

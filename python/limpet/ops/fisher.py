@@ -40,7 +40,10 @@ for _schema, _reference in (
         reference.sum_grad_squared_conv,
     ),
     ("bias_(Tensor(a!) total, Tensor output_grad)", reference.sum_grad_squared_bias),
-    ("scale_(Tensor(a!) total, Tensor output_grad, Tensor input)", reference.sum_grad_squared_scale),
+    (
+        "scale_(Tensor(a!) total, Tensor output_grad, Tensor input, Tensor? shift=None)",
+        reference.sum_grad_squared_scale,
+    ),
 ):
     define(f"sum_grad_squared_{_schema} -> ()", default=_adds_into(_reference), fake=_fake)
 
@@ -136,11 +139,12 @@ def _conv_cpu(
     )
 
 
-def _scale_cpu(total: Tensor, output_grad: Tensor, input: Tensor | None = None) -> None:
+def _scale_cpu(total: Tensor, output_grad: Tensor, input: Tensor | None = None, shift: Tensor | None = None) -> None:
     _core.sum_grad_squared_channel(
         total.data_ptr(),
         output_grad.data_ptr(),
         0 if input is None else input.data_ptr(),
+        0 if shift is None else shift.data_ptr(),
         output_grad.shape,
         output_grad.stride(),
         (0, 0, 0, 0) if input is None else input.stride(),
@@ -210,6 +214,14 @@ def _channels_last_or_first(name: str, value: Tensor, channel_dim: int) -> Tenso
     if channel_dim == 1:
         return value.reshape(value.shape[0], 1, value.shape[1], _product(value.shape[2:]))
     raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim!r}")
+
+
+def _shift(shift: Any, d: Tensor) -> Tensor:  # [C], [N, A, C, B] -> [C]
+    value, dtype = _checks.float_tensor("shift", shift), reference.wide(d.dtype)
+    if value.shape != d.shape[2:3] or value.dtype != dtype:
+        raise ValueError(f"shift must be a {dtype} tensor of shape {[d.shape[2]]}, got {_checks.describe(value)}")
+    _checks.same_device("shift", value, "output_grad", d)
+    return value
 
 
 def _product(sizes: Sequence[int]) -> int:
@@ -371,16 +383,20 @@ def sum_grad_squared_scale(
     input: Tensor,  # the same shape
     *,
     channel_dim: int = -1,
+    shift: Tensor | None = None,  # [C]
     into: Tensor | None = None,  # [C]
 ) -> Tensor:  # [C]
-    """Sum over samples of the squared gradient of a factor ``y = x * w``: ``sum_n (sum_t d[n,t,:] x[n,t,:])^2``.
+    """Sum over samples of the squared gradient of a factor ``y = (x - shift) * w``.
 
-    For a normalisation layer ``input`` is the normalised activation; for PReLU it is ``min(x, 0)``.
+    ``sum_n (sum_t d[n,t,:] (x[n,t,:] - shift))^2``, in one pass and with the difference in the result's precision. For
+    a normalisation layer ``input`` is the normalised activation; for batch normalisation by running statistics it is
+    the activation and ``shift`` the running mean; for PReLU it is ``min(x, 0)``.
 
     Args:
         output_grad: ``[N, *, C]`` with ``channel_dim=-1``, ``[N, C, *]`` with 1.
         input: what the factor multiplies: the same shape, dtype and device.
         channel_dim: where the factor's dimension is: 1 or -1.
+        shift: ``[C]``, the result's dtype; 0 where not given.
         into: ``[C]``; the sum is added to it.
 
     Returns:
@@ -392,13 +408,17 @@ def sum_grad_squared_scale(
 
     >>> sum_grad_squared_scale(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]))
     tensor([9., 1.])
+    >>> sum_grad_squared_scale(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]), shift=torch.tensor([1.0, 0.5]))
+    tensor([4., 0.])
     """
     d, x = _pair(output_grad, input)
     if d.shape != x.shape:
         raise ValueError(f"input must have output_grad's shape {list(d.shape)}, got {list(x.shape)}")
     d = _channels_last_or_first("output_grad", d, channel_dim)
+    if shift is not None:
+        shift = _shift(shift, d).contiguous()
     total = _total(into, (d.shape[2],), d)
-    _scale(total, d, _channels_last_or_first("input", x, channel_dim))
+    _scale(total, d, _channels_last_or_first("input", x, channel_dim), shift)
     return total
 
 
