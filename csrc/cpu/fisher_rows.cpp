@@ -48,61 +48,64 @@ struct Channels {
     }
   }
 
-  // Where a channel's places of a sample start; `x_at` only where there is an x.
-  const Stored* d_at(std::int64_t n, std::int64_t a, std::int64_t c, std::int64_t b) const {
-    return d + n * ds[0] + a * ds[1] + c * ds[2] + b * ds[3];
-  }
-  const Stored* x_at(std::int64_t n, std::int64_t a, std::int64_t c, std::int64_t b) const {
-    return x + n * xs[0] + a * xs[1] + c * xs[2] + b * xs[3];
-  }
+  // Where a channel of a sample starts.
+  const Stored* d_at(std::int64_t n, std::int64_t c) const { return d + n * ds[0] + c * ds[2]; }
+  const Stored* x_at(std::int64_t n, std::int64_t c) const { return x + n * xs[0] + c * xs[2]; }
 };
 
 constexpr std::int64_t kChannels = 64;  // channels whose sums of squares are kept at a time
 
-// The sum of the terms of `count` neighbouring places, in independent lanes.
-template <Term term, class Stored>
+// The sum of the terms of `count` neighbouring places, in independent lanes. `vectors`: how many whole ones they are,
+// 4 for any number from there on; short rows (the small maps of a deep network) then cost no loop.
+template <Term term, int vectors, class Stored>
 LIMPET_FORMULA Compute<Stored> sum_terms(const Stored* d, const Stored* x, Compute<Stored> shift, std::int64_t count) {
   using S = Compute<Stored>;
   using V = Vector<S>;
-  const V shifts = broadcast(shift);
-  const auto load_x = [x](std::int64_t i) { return term == Term::grad ? V{} : load(x + i); };
-  S rest = 0;
-  if (count < lanes<S>) {
+  if constexpr (vectors == 0) {
+    S sum = 0;
     for (std::int64_t i = 0; i < count; ++i)
-      rest = add_term<term, S>(rest, widen(d[i]), term == Term::grad ? S{} : widen(x[i]), shift);
-    return rest;
+      sum = add_term<term, S>(sum, widen(d[i]), term == Term::grad ? S{} : widen(x[i]), shift);
+    return sum;
   }
-  V sums[4] = {};
-  std::int64_t i = 0;
-  for (; i + 4 * lanes<S> <= count; i += 4 * lanes<S>)
-    for (int k = 0; k < 4; ++k) {
-      const std::int64_t at = i + k * lanes<S>;
-      sums[k] = add_term<term>(sums[k], load(d + at), load_x(at), shifts);
-    }
-  for (; i + lanes<S> <= count; i += lanes<S>) sums[0] = add_term<term>(sums[0], load(d + i), load_x(i), shifts);
-  if (i < count) {  // the last vector, of which the first values were added before
-    const std::int64_t at = count - lanes<S>;
-    sums[1] += keep_last<S>(add_term<term>(V{}, load(d + at), load_x(at), shifts), count - i);
+  const V shifts = broadcast(shift);
+  const auto add = [&](const V& sum, std::int64_t at) {
+    return add_term<term>(sum, load(d + at), term == Term::grad ? V{} : load(x + at), shifts);
+  };
+  V sum = {};
+  if constexpr (vectors == 4) {
+    V sums[4] = {};
+    std::int64_t i = 0;
+    for (; i + 4 * lanes<S> <= count; i += 4 * lanes<S>)
+      for (int k = 0; k < 4; ++k) sums[k] = add(sums[k], i + k * lanes<S>);
+    sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    for (; i + lanes<S> <= count; i += lanes<S>) sum = add(sum, i);
+  } else {
+    for (int k = 0; k < vectors; ++k) sum = add(sum, k * lanes<S>);
   }
-  return sum_lanes<S>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  if (const std::int64_t rest = count % lanes<S>)  // the last vector, of which the first values were added before
+    sum += keep_last<S>(add(V{}, count - lanes<S>), rest);
+  return sum_lanes<S>(sum);
 }
 
 // Neighbouring places (convolutions): sample by sample, so that memory is read in order.
-template <Term term, class Stored>
+template <Term term, int vectors, class Stored>
 void places_adjacent(const Channels<Stored>& args, std::int64_t begin, std::int64_t end) {
   using S = Compute<Stored>;
+  const std::int64_t d_outer = args.ds[1], x_outer = args.xs[1], outer = args.outer, inner = args.inner;
   for (std::int64_t c0 = begin; c0 < end; c0 += kChannels) {
     const std::int64_t count = min_of(kChannels, end - c0);
     S total[kChannels] = {};
-    for (std::int64_t n = 0; n < args.samples; ++n)
-      for (std::int64_t c = 0; c < count; ++c) {
+    for (std::int64_t n = 0; n < args.samples; ++n) {
+      const Stored* d = args.d_at(n, c0);
+      const Stored* x = term == Term::grad ? d : args.x_at(n, c0);
+      for (std::int64_t c = 0; c < count; ++c, d += args.ds[2], x += args.xs[2]) {
         const S shift = term == Term::centred ? args.shift[c0 + c] : S{};
-        S sum = 0;
-        for (std::int64_t a = 0; a < args.outer; ++a)
-          sum += sum_terms<term>(args.d_at(n, a, c0 + c, 0), term == Term::grad ? nullptr : args.x_at(n, a, c0 + c, 0),
-                                 shift, args.inner);
+        S sum = sum_terms<term, vectors>(d, x, shift, inner);
+        for (std::int64_t a = 1; a < outer; ++a)
+          sum += sum_terms<term, vectors>(d + a * d_outer, x + a * x_outer, shift, inner);
         math::add_square(total[c], sum);
       }
+    }
     for (std::int64_t c = 0; c < count; ++c) args.total[c0 + c] += total[c];
   }
 }
@@ -141,8 +144,8 @@ void channels_adjacent(const Channels<Stored>& args, std::int64_t begin, std::in
     for (std::int64_t n = 0; n < args.samples; ++n) {
       alignas(64) S sums[block] = {};
       for (std::int64_t a = 0; a < args.outer; ++a) {
-        const Stored* d = args.d_at(n, a, c0, 0);
-        const Stored* x = term == Term::grad ? d : args.x_at(n, a, c0, 0);
+        const Stored* d = args.d_at(n, c0) + a * args.ds[1];
+        const Stored* x = term == Term::grad ? d : args.x_at(n, c0) + a * args.xs[1];
         const std::int64_t d_step = args.ds[3], x_step = args.xs[3];
         const S* const shift = term == Term::centred ? args.shift + c0 : nullptr;
         if (adjacent) {
@@ -167,15 +170,22 @@ void channels_adjacent(const Channels<Stored>& args, std::int64_t begin, std::in
 template <Term term, class Stored>
 void channel(const Channels<Stored>& args, int threads) {
   const bool places = args.inner > 1 && args.ds[3] == 1 && (term == Term::grad || args.xs[3] == 1);
-  // Channels are cut at multiples of 16, so that a thread's stores do not share a cache line with another's.
-  const std::int64_t step = 16 * max_of(1, args.channels / 16 / (2 * max_of(1, threads)));
   const std::int64_t elements = args.samples * args.outer * args.channels * args.inner;
+  if (elements == 0) return;
+  // Channels are cut at multiples of 16, so that a thread's stores do not share a cache line with another's;
+  // neighbouring ones no finer than there are threads, as each part of them reads its piece of every place.
+  const std::int64_t parts = places ? 2 * threads : threads;
+  const std::int64_t step = 16 * ceil_div(args.channels, 16 * max_of(1, parts));
   parallel_for(worthwhile(threads, elements), ceil_div(args.channels, step), [&](std::int64_t i, int) {
     const std::int64_t begin = i * step, end = min_of(args.channels, begin + step);
-    if (places)
-      places_adjacent<term>(args, begin, end);
-    else
-      channels_adjacent<term>(args, begin, end);
+    if (!places) return channels_adjacent<term>(args, begin, end);
+    switch (min_of(4, args.inner / lanes<Compute<Stored>>)) {
+      case 0: return places_adjacent<term, 0>(args, begin, end);
+      case 1: return places_adjacent<term, 1>(args, begin, end);
+      case 2: return places_adjacent<term, 2>(args, begin, end);
+      case 3: return places_adjacent<term, 3>(args, begin, end);
+      default: return places_adjacent<term, 4>(args, begin, end);
+    }
   });
 }
 
