@@ -45,3 +45,54 @@ def test_conv(case, compare):
         "plain product of ready patches": lambda: torch.mm(flat, patches, out=product),
     }
     compare(f"contraction, 3x3 convolution {case}", "torch's convolution weight gradient", "at most 1.15", calls)
+
+
+# (samples, channels, channels of a group, size, stride): depthwise 3x3 convolutions of MobileNets; ResNeXt's groups.
+GROUPED = [
+    (32, 64, 1, 32, 1),
+    (32, 128, 1, 16, 2),
+    (32, 256, 1, 8, 1),
+    (32, 512, 1, 4, 1),
+    (32, 512, 1, 4, 2),
+    (32, 128, 4, 16, 1),
+]
+
+
+@pytest.mark.parametrize("case", GROUPED, ids=str)
+def test_conv_in_groups(case, compare):
+    samples, channels, each, size, stride = case
+    groups = channels // each
+    x, weight = torch.randn(samples, channels, size, size), torch.randn(channels, each, 3, 3)
+    d = torch.randn_like(torch.conv2d(x, weight, stride=stride, padding=1, groups=groups))
+    total = torch.zeros_like(weight)
+    rest = (None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], groups, [False, True, False])
+    calls = {
+        "ours": lambda: ops.sum_grad_squared_conv(d, x, 3, stride, 1, 1, groups, into=total),
+        "baseline": lambda: torch.ops.aten.convolution_backward(d, x, weight, *rest),
+    }
+    what = f"contraction, 3x3 convolution in groups of {each} {case}"
+    compare(what, "torch's convolution weight gradient", "at most 1.15", calls)
+
+
+# Activations of a ResNet-18 at batch 64, and of a transformer's layer.
+CHANNELS = [((64, 64, 32, 32), 1), ((64, 128, 16, 16), 1), ((64, 512, 4, 4), 1), ((16, 64, 256), -1)]
+
+
+@pytest.mark.parametrize(("shape", "channel_dim"), CHANNELS, ids=str)
+def test_channel_sums(shape, channel_dim, compare):
+    d, x, shift = torch.randn(shape), torch.randn(shape), torch.randn(shape[channel_dim])
+    total = torch.zeros(shape[channel_dim])
+    along = shift.view(-1, *[1] * (len(shape) - 2)) if channel_dim == 1 else shift
+    flat = d.flatten(), x.flatten()
+
+    def sums(x, **options):
+        return ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim, into=total, **options)
+
+    calls = {
+        "ours": lambda: sums(x, shift=shift),
+        "baseline": lambda: torch.dot(*flat),
+        "without a shift": lambda: sums(x),
+        "shift taken in a pass before": lambda: sums(x - along),
+        "bias": lambda: ops.sum_grad_squared_bias(d, channel_dim=channel_dim, into=total),
+    }
+    compare(f"scale about a shift {shape}", "dot product: the same bytes read once", "at most 2", calls)

@@ -67,6 +67,11 @@ CONV = [
     Conv(3, 6, 5, (7, 7), (1, 1)),
     Conv(2, 2, 70, (5, 6, 7), (2, 3, 2), {"padding": (0, 1, 1)}),
     Conv(1, 1, 1, (1, 1), (1, 1)),
+    # Groups across the lanes of vectors: more than a vector of them and a part, several channels each, small maps.
+    Conv(3, 40, 40, (9, 7), (5, 5), {"stride": (2, 1), "padding": 2, "groups": 40}),
+    Conv(2, 36, 72, (6, 5), (3, 3), {"padding": 1, "dilation": 2, "groups": 18}),
+    Conv(3, 19, 19, (2, 2), (3, 3), {"padding": 1, "groups": 19}),
+    Conv(2, 20, 40, (40,), (3,), {"groups": 20}),
 ]
 
 # (N, ..., C) and (N, C, ...): channels last and first.

@@ -170,9 +170,10 @@ def test_embedding(dtype, padding_idx):
 
 
 def test_threads_do_not_change_a_bit():
-    case = CONV[5]
+    case, grouped = CONV[5], CONV[10]
     d, a = torch.randn(100, 16, 100), torch.randn(100, 16, 300)
     cd, cx = case.make(torch.float32)
+    gd, gx = grouped.make(torch.float32)
     bd = torch.randn(20, 40, 333)
     results = []
     for threads in (1, 2, 3):
@@ -182,6 +183,7 @@ def test_threads_do_not_change_a_bit():
                 ops.sum_grad_squared_linear(d, a),
                 ops.sum_grad_squared_linear(d[:, 0], a[:, 0]),
                 ops.sum_grad_squared_conv(cd, cx, case.kernel, **case.geometry),
+                ops.sum_grad_squared_conv(gd, gx, grouped.kernel, **grouped.geometry),
                 ops.sum_grad_squared_bias(bd),
                 ops.sum_grad_squared_scale(bd, bd, channel_dim=1, shift=bd[0, :, 0]),
                 ops.sum_grad_squared_embedding(d, torch.arange(1600).reshape(100, 16) % 7, 9),

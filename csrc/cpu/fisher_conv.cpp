@@ -1,28 +1,16 @@
 // The same contraction for convolutions: rows are the weight's (channel, kernel place) pairs, read where the padded
 // input lies, so no patch is ever copied; columns are output channels, packed from the output's gradient.
 
-#include "cpu/contraction.h"
-#include "cpu/isa.h"
+#include "cpu/conv_geometry.h"
+#include "cpu/conv_groups.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
-struct Shape {
-  std::int64_t places;            // Y0 * Y1 * Y2
-  std::int64_t rows, columns;     // of one group's weight: C / groups * K, O / groups
-  std::int64_t kernel;            // K0 * K1 * K2
-  std::int64_t padded[3], image;  // size of one padded channel
+struct Shape : ConvGeometry {
   Chunking chunks;
 
-  explicit Shape(const ConvArgs& args)
-      : places(args.output_size[0] * args.output_size[1] * args.output_size[2]),
-        columns(args.out_channels / args.groups),
-        kernel(args.kernel[0] * args.kernel[1] * args.kernel[2]),
-        image(1),
-        chunks(chunking(args.samples, places)) {
-    rows = args.in_channels / args.groups * kernel;
-    for (int i = 0; i < 3; ++i) image *= padded[i] = args.input_size[i] + 2 * args.padding[i];
-  }
+  explicit Shape(const ConvArgs& args) : ConvGeometry(args), chunks(chunking(args.samples, places)) {}
 };
 
 // Workspace: panels of columns | padded input | offsets of places | offsets of rows | carry. The first two hold a
@@ -52,20 +40,6 @@ struct Layout {
     end = carry + (shape.chunks.segments > 1 ? bytes(tiles * kMR * kNR<S>, size) : 0);
   }
 };
-
-// The step of `places` in the padded input, and of a group's `rows`, from the channel's first element.
-void fill_offsets(const ConvArgs& args, const Shape& shape, std::int64_t* places, std::int64_t* rows) {
-  const std::int64_t s1 = shape.padded[2], s0 = shape.padded[1] * s1;
-  for (std::int64_t y0 = 0; y0 < args.output_size[0]; ++y0)
-    for (std::int64_t y1 = 0; y1 < args.output_size[1]; ++y1)
-      for (std::int64_t y2 = 0; y2 < args.output_size[2]; ++y2)
-        *places++ = y0 * args.stride[0] * s0 + y1 * args.stride[1] * s1 + y2 * args.stride[2];
-  for (std::int64_t c = 0; c < args.in_channels / args.groups; ++c)
-    for (std::int64_t k0 = 0; k0 < args.kernel[0]; ++k0)
-      for (std::int64_t k1 = 0; k1 < args.kernel[1]; ++k1)
-        for (std::int64_t k2 = 0; k2 < args.kernel[2]; ++k2)
-          *rows++ = c * shape.image + k0 * args.dilation[0] * s0 + k1 * args.dilation[1] * s1 + k2 * args.dilation[2];
-}
 
 // One channel of one sample, with zeros around it.
 template <class Stored, class S>
@@ -121,10 +95,9 @@ void contract(const ConvArgs& args) {
   std::int64_t* const row_offsets = reinterpret_cast<std::int64_t*>(workspace + layout.rows);
   S* const carry = reinterpret_cast<S*>(workspace + layout.carry);
   S* const total = static_cast<S*>(args.total);
-  fill_offsets(args, shape, place_offsets, row_offsets);
+  fill_offsets(args, shape, 1, place_offsets, row_offsets);
 
   const std::int64_t sample_image = args.in_channels * shape.image;
-  const std::int64_t group_channels = args.in_channels / args.groups;
   const int threads = worthwhile(args.threads, args.samples * shape.places * shape.rows * args.out_channels);
   const std::int64_t row_panels = ceil_div(shape.rows, kMR), panels = ceil_div(shape.columns, kNR<S>);
 
@@ -173,7 +146,7 @@ void contract(const ConvArgs& args) {
             alignas(64) S sum[kMR * kNR<S>] = {};
             Tile<S> tile;
             for (int r = 0; r < kMR; ++r)
-              tile.rows[r] = padded + chunk * chunks.samples * sample_image + g * group_channels * shape.image +
+              tile.rows[r] = padded + chunk * chunks.samples * sample_image + g * shape.channels * shape.image +
                              row_offsets[row + min_of(r, height - 1)];
             tile.row_sample = sample_image;
             tile.offsets = place_offsets + segment * chunks.segment;
@@ -199,13 +172,24 @@ void contract(const ConvArgs& args) {
   }
 }
 
+template <class S>
+std::int64_t workspace_bytes(const ConvArgs& args) {
+  if (lanes_are_groups<S>(args)) return GroupsLayout<S>(args, ConvGeometry(args)).end;
+  return Layout<S>(args, Shape(args)).end;
+}
+
 std::int64_t conv_workspace(const ConvArgs& args) {
-  const Shape shape(args);
-  return args.dtype == Dtype::f64 ? Layout<double>(args, shape).end : Layout<float>(args, shape).end;
+  return args.dtype == Dtype::f64 ? workspace_bytes<double>(args) : workspace_bytes<float>(args);
 }
 
 void sum_grad_squared_conv(const ConvArgs& args) {
-  dispatch(args.dtype, [&](auto stored) { contract<decltype(stored)>(args); });
+  dispatch(args.dtype, [&](auto stored) {
+    using Stored = decltype(stored);
+    if (lanes_are_groups<Compute<Stored>>(args))
+      contract_groups<Stored>(args);
+    else
+      contract<Stored>(args);
+  });
 }
 
 }  // namespace

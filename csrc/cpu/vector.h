@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__F16C__)
 #include <immintrin.h>
@@ -189,6 +190,28 @@ LIMPET_FORMULA Vector<S> keep_last(const Vector<S>& v, std::int64_t count) {
   Mask lane;
   for (int i = 0; i < lanes<S>; ++i) lane[i] = i;
   return bits_as<Vector<S>>(bits_as<Mask>(v) & (lane >= lanes<S> - static_cast<int>(count)));
+}
+
+// Vectors a and b with their lanes `half` apart exchanged: blocks of `half` lanes are transposed, two by two.
+template <class S, int half, int... lane>
+LIMPET_FORMULA void exchange(Vector<S>& a, Vector<S>& b, std::integer_sequence<int, lane...>) {
+#if __has_builtin(__builtin_shufflevector)
+  const Vector<S> first = __builtin_shufflevector(a, b, (lane & half ? lanes<S> + lane - half : lane)...);
+  b = __builtin_shufflevector(a, b, (lane & half ? lanes<S> + lane : lane + half)...);
+#else  // GCC before 12
+  using Mask = decltype(a < b);
+  const Vector<S> first = __builtin_shuffle(a, b, Mask{(lane & half ? lanes<S> + lane - half : lane)...});
+  b = __builtin_shuffle(a, b, Mask{(lane & half ? lanes<S> + lane : lane + half)...});
+#endif
+  a = first;
+}
+
+// Transposes lanes vectors of lanes values.
+template <class S, int half = lanes<S> / 2>
+LIMPET_FORMULA void transpose(Vector<S>* square) {
+  for (int i = 0; i < lanes<S>; ++i)
+    if (!(i & half)) exchange<S, half>(square[i], square[i + half], std::make_integer_sequence<int, lanes<S>>{});
+  if constexpr (half > 1) transpose<S, half / 2>(square);
 }
 
 // Calls body(Stored{}) with the type that `dtype` stores.
