@@ -72,7 +72,7 @@ class Modify(nn.Module):
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"labels": "sampled"}, ValueError, "labels must be one of 'data', got str 'sampled'"),
+        ({"labels": "true"}, ValueError, "labels must be one of 'data', 'sampled', "),
         ({"loss": "mse"}, TypeError, "loss must be callable, got str 'mse'"),
         ({"max_samples": 0}, ValueError, "max_samples must be at least 1, got 0"),
         ({"max_samples": 2.0}, TypeError, "max_samples must be an integer, got float 2.0"),

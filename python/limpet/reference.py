@@ -153,3 +153,29 @@ def sum_grad_squared_embedding(
     if padding_idx >= 0:
         total[padding_idx] = 0
     return total
+
+
+# --- random numbers --------------------------------------------------------------------------------------------------
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def philox(
+    counter: Tensor,  # [*, 4], int64, each word below 2^32
+    key: tuple[int, int],  # each word below 2^32
+) -> Tensor:  # [*, 4], int64, each word below 2^32
+    """Philox 4x32-10, the counter-based generator of Salmon et al. (2011): four random words for each counter."""
+    c0, c1, c2, c3 = counter.unbind(dim=-1)
+    k0, k1 = key
+    for _ in range(10):
+        (high0, low0), (high2, low2) = _multiply(c0, _MULTIPLIERS[0]), _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
+    return torch.stack([c0, c1, c2, c3], dim=-1)
+
+
+def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:  # int64 [*] -> the product's high and low words
+    high, low = word * (factor >> 16), word * (factor & 0xFFFF)  # 48 bits each: a signed product of 64 would overflow
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _WORD

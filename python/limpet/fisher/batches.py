@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ class Batch:
     inputs: Any
     targets: Any
     samples: Tensor  # int64 [N]: the samples' own numbers, counted over all batches
+    drawn: dict[int, Tensor] = field(default_factory=dict)  # labels drawn so far, by a sample's number: int64 [*]
 
     @property
     def size(self) -> int:
@@ -28,9 +29,9 @@ class Batch:
         return self.samples.shape[0]
 
     def take(self, samples: slice | Tensor) -> Batch:
-        """Some of the samples, as a smaller batch."""
-        index = self._index
-        return Batch(self.number, index(self.inputs, samples), index(self.targets, samples), self.samples[samples])
+        """Some of the samples, as a smaller batch, with the same labels drawn."""
+        inputs, targets = self._index(self.inputs, samples), self._index(self.targets, samples)
+        return Batch(self.number, inputs, targets, self.samples[samples], self.drawn)
 
     def _index(self, tree: Any, samples: slice | Tensor) -> Any:
         def pick(t: Tensor) -> Tensor:

@@ -1,46 +1,18 @@
-"""``diagonal_fisher``: the exact diagonal of the empirical Fisher information of a model."""
+"""``diagonal_fisher``: the exact diagonal of the Fisher information of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError
+from torch import nn
 
 from limpet import _checks
 from limpet.fisher import batches as batch_reading
-from limpet.fisher.checks import buffers_kept, tracked_parameters
-from limpet.fisher.computation import Computation
-from limpet.fisher.labels import LABELS, Loss, cross_entropy, from_data
-
-
-class DiagonalFisher(Mapping[str, Tensor]):
-    """The diagonal of the Fisher information, by parameter name.
-
-    Attributes:
-        num_samples: samples that the mean was taken over.
-        routes: for each name ``"fused"`` (one backward pass per batch; also for parameters that the model never uses,
-            whose value is zero) or ``"per_sample"`` (one backward pass per sample, in at least one batch). Both are
-            exact.
-    """
-
-    def __init__(self, values: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str]) -> None:
-        self._values, self.num_samples, self.routes = dict(values), num_samples, dict(routes)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._values[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __repr__(self) -> str:
-        slow = sum(route == "per_sample" for route in self.routes.values())
-        return f"DiagonalFisher({len(self)} parameters, {slow} of them per sample; {self.num_samples} samples)"
+from limpet.fisher.accumulator import FisherAccumulator
+from limpet.fisher.checks import buffers_kept
+from limpet.fisher.labels import Loss
+from limpet.fisher.result import DiagonalFisher
 
 
 def diagonal_fisher(
@@ -49,10 +21,11 @@ def diagonal_fisher(
     *,
     labels: str = "data",
     loss: Loss | None = None,
+    seed: int = 0,
     max_samples: int | None = None,
     progress: Callable[[int, int | None], object] | None = None,
 ) -> DiagonalFisher:
-    r"""The exact diagonal of the empirical Fisher information, at about the price of one backward pass.
+    r"""The exact diagonal of the Fisher information, at about the price of one backward pass.
 
     .. math:: F_i = \frac1N \sum_n \Big(\frac{\partial}{\partial\theta_i} \log p(y_n \mid x_n, \theta)\Big)^2
 
@@ -60,6 +33,26 @@ def diagonal_fisher(
     mean. It is computed for the model as it is: call ``model.eval()`` first if there is dropout or batch
     normalisation in it. Parameters that require a gradient are computed; tied ones appear once, under their first
     name.
+
+    Whose labels :math:`y_n` are is the difference between the forms of it in use (van de Ven 2025), by ``labels``:
+
+    - ``"data"``: the targets that the batches give; the *empirical* Fisher information.
+    - ``"sampled"``: one label per sample, and per place of outputs ``[N, C, *]``, drawn from the model's own softmax
+      by a random number that depends on ``seed``, sample and place alone: the same labels however the data are cut
+      into batches. An unbiased estimate of ``"expected"``. Targets of -100 stay without a label.
+    - ``"expected"``: the exact expectation over the model's own distribution, in one forward pass and a backward pass
+      for each column of its covariance: C - 1 of them at each place (C with a ``loss`` of your own). A binary
+      classification costs what ``"data"`` costs; a language model's T V columns are not for the impatient.
+    - ``"sampled_batched"``: labels are drawn, and the square of each batch's summed gradient stands for the sum of the
+      squares, divided by all samples: unbiased too, with more variance, for one ordinary backward pass (the
+      Gauss-Newton-Bartlett estimator of Liu et al. 2023, arXiv 2305.14342).
+    - ``"batched"``: the mean gradient of each batch squared, averaged with the batches' sizes as weights. It is *not*
+      the Fisher information, warns that it is not, and is here to reproduce old results.
+
+    Labels are drawn, and expected, from softmax over dimension 1 of outputs ``[N, C, *]``, or over the last dimension
+    of outputs with ``logits`` ``[N, *, C]`` (Hugging Face), and then stand in for the targets, which may be None. A
+    ``loss`` of your own must be minus the logarithm of that same distribution: of the label at a place by the scores at
+    that place, without a shift.
 
     Functions that use parameters are seen as they are called, and the per-sample gradients are squared and summed
     while they are formed. Which rows of an activation belong to which sample is found out on up to three samples of
@@ -71,9 +64,10 @@ def diagonal_fisher(
         model: on one device, in float32, float64, bfloat16 or float16. It comes back as it was found.
         batches: pairs ``(inputs, targets)``. ``inputs`` is a tensor, a tuple (``model(*inputs)``) or a mapping
             (``model(**inputs)``); the first dimension of its tensors counts samples.
-        labels: ``"data"``: the targets that the batches give (the empirical Fisher).
+        labels: ``"data"``, ``"sampled"``, ``"expected"``, ``"sampled_batched"`` or ``"batched"``, see above.
         loss: ``loss(outputs, targets)`` gives one value per sample, ``[N]``: minus its log-likelihood. When not
             given, cross-entropy, summed over the places of outputs ``[N, C, *]``.
+        seed: from 0 to 2^64 - 1; what labels are drawn from. No other mode uses it.
         max_samples: stop after exactly so many samples.
         progress: called after each batch with the samples done, and how many there will be where that is known.
 
@@ -88,6 +82,9 @@ def diagonal_fisher(
         RuntimeError: the result would not be exact: samples interact, the model is random or changes its buffers, a
             loss or gradient is not finite, activations are checkpointed, inference mode or autocast is on.
 
+    Warns:
+        UserWarning: ``labels="batched"`` was asked for.
+
     >>> model = nn.Linear(2, 2, bias=False)
     >>> _ = nn.init.zeros_(model.weight)
     >>> fisher = diagonal_fisher(model, [(torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([0, 1]))])
@@ -96,45 +93,24 @@ def diagonal_fisher(
             [1.2500, 0.5000]])
     >>> fisher.num_samples, fisher.routes
     (2, {'weight': 'fused'})
+    >>> diagonal_fisher(model, [(torch.tensor([[1.0, 2.0]]), None)], labels="expected")["weight"]
+    tensor([[0.2500, 1.0000],
+            [0.2500, 1.0000]])
     """
-    _checks.one_of("labels", labels, LABELS)
-    if loss is not None and not callable(loss):
-        raise TypeError(f"loss must be callable, got {_checks.describe(loss)}")
     if max_samples is not None:
         _checks.integer("max_samples", max_samples, minimum=1)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, got {_checks.describe(progress)}")
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be an iterable of pairs (inputs, targets), got {_checks.describe(batches)}")
-    params = tracked_parameters(model)
-
+    accumulator = FisherAccumulator(model, labels=labels, loss=loss, seed=seed)
     total = batch_reading.count(batches, max_samples)
-    done = 0
     with buffers_kept(model) as buffers:
-        computation = Computation(model, from_data(loss or cross_entropy), params)
         for batch in batch_reading.up_to(batches, max_samples):
-            try:
-                with torch.enable_grad():
-                    computation.add(batch)
-            except CheckpointError as error:
-                raise RuntimeError(
-                    "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
-                    "switch checkpointing off for diagonal_fisher"
-                ) from error
-            if done == 0:
-                buffers.check()
-            done += batch.size
+            accumulator._add(batch, buffers.check if accumulator.num_samples == 0 else None)
             if progress is not None:
-                progress(done, total)
+                progress(accumulator.num_samples, total)
         buffers.check()
-        if done == 0:
-            raise ValueError("batches must hold at least one batch, got none")
-    routes = {
-        name: "per_sample"
-        if name in computation.slow
-        else "materialised"
-        if name in computation.materialised
-        else "fused"
-        for name in params
-    }
-    return DiagonalFisher(computation.sums.mean(done), done, routes)
+    if accumulator.num_samples == 0:
+        raise ValueError("batches must hold at least one batch, got none")
+    return accumulator._finish()

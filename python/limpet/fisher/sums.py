@@ -10,49 +10,87 @@ from torch import Tensor
 from limpet.reference import wide
 
 _FLUSH = 256  # batches summed before they go to the totals, so that rounding grows with 256 + batches / 256
-_CHECK = 8  # batches between two checks for NaN and infinity, each of which reads every sum
+_CHECK = 8  # batches between two looks for NaN and infinity in every sum
+_SMALL = 1 << 16  # sums up to this size are looked at after every batch: hardly any bad gradient spares them all
 
 
 class Sums:
-    """``sum_n g_n^2`` per parameter, in float32 (float64 for float64 parameters)."""
+    """``sum_n g_n^2`` per parameter, in float32 (float64 for float64 parameters).
+
+    Attributes:
+        running: what is added to; the sums of up to 256 batches.
+        totals: the sums of the batches before those.
+        batches: how many there were.
+    """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
         self.running = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
-        self._totals: dict[str, Tensor] | None = None
-        self._batches = self._checked = 0
+        self.totals: dict[str, Tensor] = {}
+        self.batches = self._checked = 0
+        self._filled = [name for name, total in self.running.items() if total.numel()]
+        self._small = [name for name in self._filled if self.running[name].numel() <= _SMALL]
 
     def end_batch(self) -> None:
-        """Check for NaN and infinity now and then, and keep the running sums small."""
-        self._batches += 1
-        if self._batches % _CHECK == 1:
-            self._check()
-        if self._batches % _FLUSH == 0:
+        """Look for NaN and infinity, and keep the running sums small."""
+        self.batches += 1
+        if self.batches % _CHECK == 1:
+            self.check()
+        else:
+            self._refuse_bad(self._small, self.batches - 1)
+        if self.batches % _FLUSH == 0:
             self._flush()
 
-    def mean(self, samples: int) -> dict[str, Tensor]:
-        """The sums over ``samples``, checked."""
-        if self._checked < self._batches:
-            self._check()
-        if self._totals is not None:
+    def check(self) -> None:
+        """Look at every sum, unless that was done after the last batch."""
+        if self._checked < self.batches:
+            self._refuse_bad(self._filled, self._checked)
+            self._checked = self.batches
+
+    def copies(self) -> dict[str, Tensor]:
+        """The sums over all batches, checked; nothing changes."""
+        self.check()
+        if not self.totals:
+            return {name: total.clone() for name, total in self.running.items()}
+        return {name: total + self.running[name] for name, total in self.totals.items()}
+
+    def take(self) -> dict[str, Tensor]:
+        """The sums over all batches, checked, without a copy: there is nothing left to add to."""
+        self.check()
+        if self.totals:
             self._flush()
-            self.running, self._totals = self._totals, None
-        for total in self.running.values():
-            total.div_(samples)
-        return self.running
+        taken, self.running, self.totals = self.totals or self.running, {}, {}
+        return taken
+
+    def add(self, sums: Mapping[str, Tensor], batches: int) -> None:
+        """Add the sums over other batches."""
+        if not self.totals:
+            self.totals = {name: torch.zeros_like(total) for name, total in self.running.items()}
+        for name, total in self.totals.items():
+            total.add_(sums[name].to(total.device))
+        self.batches += batches
+        self._checked += batches  # those were
+
+    def load(self, running: Mapping[str, Tensor], totals: Mapping[str, Tensor], batches: int) -> None:
+        """Become what other sums were."""
+        for name, total in self.running.items():
+            total.copy_(running[name])
+        self.totals = {name: torch.empty_like(self.running[name]).copy_(total) for name, total in totals.items()}
+        self.batches = self._checked = batches
 
     def _flush(self) -> None:
-        if self._totals is None:
-            self._totals = {name: total.clone() for name, total in self.running.items()}
+        if not self.totals:
+            self.totals = {name: total.clone() for name, total in self.running.items()}
         else:
-            torch._foreach_add_(list(self._totals.values()), list(self.running.values()))
+            torch._foreach_add_(list(self.totals.values()), list(self.running.values()))
         torch._foreach_zero_(list(self.running.values()))
 
-    def _check(self) -> None:
-        filled = [(name, total.amax()) for name, total in self.running.items() if total.numel()]
-        largest = torch.stack([value.double() for _, value in filled]) if filled else torch.zeros(())
+    def _refuse_bad(self, names: list[str], first: int) -> None:
+        """Raise if one of these running sums is not finite; ``first`` is the first batch not yet looked at."""
+        if not names:
+            return
+        largest = torch.stack([v.double() for v in torch._foreach_max([self.running[name] for name in names])])
         if not torch.isfinite(largest).all():
-            name = next(name for name, value in filled if not torch.isfinite(value))
-            first, last = self._checked, self._batches - 1
+            name = next(name for name, value in zip(names, largest.tolist(), strict=True) if not value < float("inf"))
+            last = self.batches - 1
             where = f"batch {last}" if first >= last else f"one of the batches {first} to {last}"
             raise RuntimeError(f"the squared gradient of {name!r} is not finite in {where}")
-        self._checked = self._batches

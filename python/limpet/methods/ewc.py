@@ -105,7 +105,9 @@ class EWC:
         self,
         batches: Iterable[Any],
         *,
+        labels: str = "data",
         loss: Callable[[Any, Any], Tensor] | None = None,
+        seed: int = 0,
         max_samples: int | None = None,
         progress: Callable[[int, int | None], None] | None = None,
     ) -> None:
@@ -116,7 +118,9 @@ class EWC:
 
         Args:
             batches: the finished task's ``(inputs, targets)``, as :func:`limpet.diagonal_fisher` takes them.
+            labels: whose labels the Fisher information is taken with, as for :func:`limpet.diagonal_fisher`.
             loss: one value per sample; cross-entropy by default.
+            seed: what labels are drawn from, where ``labels`` says that they are.
             max_samples: use at most so many samples.
             progress: called with the samples done so far, and their number where it is known.
 
@@ -128,7 +132,9 @@ class EWC:
         """
         self._check_model()  # before the expensive part
         with _evaluating(self.model):
-            fisher = diagonal_fisher(self.model, batches, loss=loss, max_samples=max_samples, progress=progress)
+            fisher = diagonal_fisher(
+                self.model, batches, labels=labels, loss=loss, seed=seed, max_samples=max_samples, progress=progress
+            )
         params = self._protected()
         anchors, importances, constant = dict(self.anchors), dict(self.importances), self.constant
         for name, param in self.model.named_parameters():
