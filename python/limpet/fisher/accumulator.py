@@ -83,9 +83,11 @@ class FisherAccumulator:
         Raises:
             TypeError: the batch is not what it must be. Nothing has changed then.
             ValueError: the batch holds no samples, or its sizes do not match. Nothing has changed then.
-            RuntimeError: the model's parameters are not those it had, or as :func:`limpet.diagonal_fisher`. Once the
-                model has been run, whatever is raised, the sums may hold a part of the batch: the accumulator refuses
-                further use until :meth:`load_state_dict` gives it a state from before.
+            RuntimeError: the model's parameters are not those it had, or as :func:`limpet.diagonal_fisher`.
+
+        Whatever is raised before the first gradient was summed (a loss that is not finite, samples that interact, an
+        error of the model's), nothing of the batch counts. Raised later, the sums may hold a part of it: the
+        accumulator then refuses further use until :meth:`load_state_dict` gives it a state from before.
         """
         self._require_whole()
         self._require_same_parameters()
@@ -204,18 +206,32 @@ class FisherAccumulator:
 
     def _add(self, batch: Batch, check: Callable[[], None] | None) -> None:
         """Add a batch that was read, within :func:`buffers_kept`; ``check`` may still refuse it."""
+        running = self._computation.sums.running
+        running.touched = False
         self._torn = batch.number
         try:
             with torch.enable_grad():
                 self._computation.add(batch)
-        except CheckpointError as error:
-            raise RuntimeError(
-                "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
-                "switch checkpointing off for diagonal_fisher"
-            ) from error
-        if check is not None:
-            check()
+            if check is not None:
+                check()
+        except BaseException as error:
+            if not running.touched:
+                self._start_anew()
+            if isinstance(error, CheckpointError):
+                raise RuntimeError(
+                    "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
+                    "switch checkpointing off for diagonal_fisher"
+                ) from error
+            raise
         self._num_samples += batch.size
+        self._torn = None
+
+    def _start_anew(self) -> None:
+        """Keep the sums, and forget what was found out about the model on a batch that was refused then."""
+        sums, slow = self._computation.sums, self._computation.slow
+        self._computation = self._new_computation(self._seed)
+        self._computation.sums.load(sums.running, sums.totals, sums.batches)
+        self._computation.slow.update(slow)
         self._torn = None
 
     def _finish(self) -> DiagonalFisher:
@@ -263,6 +279,9 @@ class FisherAccumulator:
         for key in ("num_samples", "num_batches"):
             read[key] = _checks.integer(f"{name}[{key!r}]", state[key], minimum=0)
         sums = {key: _tensors(f"{name}[{key!r}]", state[key], self._params) for key in ("running", "totals")}
+        if not isinstance(state["per_sample"], (list, tuple)):
+            got = _checks.describe(state["per_sample"])
+            raise TypeError(f"{name}['per_sample'] must be a list of names, got {got}")
         unknown = set(state["per_sample"]) - self._params.keys()
         if unknown:
             raise ValueError(f"{name}['per_sample'] must hold names of parameters, got {sorted(map(str, unknown))}")

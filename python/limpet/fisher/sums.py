@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import ItemsView, Mapping, ValuesView
 
 import torch
 from torch import Tensor
@@ -14,17 +14,38 @@ _CHECK = 8  # batches between two looks for NaN and infinity in every sum
 _SMALL = 1 << 16  # sums up to this size are looked at after every batch: hardly any bad gradient spares them all
 
 
+class Running(dict[str, Tensor]):
+    """Sums by name, and whether any was taken out (to be added to) since :attr:`touched` was last set to False."""
+
+    touched = False
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.touched = True
+        return super().__getitem__(name)
+
+    def values(self) -> ValuesView[Tensor]:  # type: ignore[override]
+        """As a dict's."""
+        self.touched = True
+        return super().values()
+
+    def items(self) -> ItemsView[str, Tensor]:  # type: ignore[override]
+        """As a dict's."""
+        self.touched = True
+        return super().items()
+
+
 class Sums:
     """``sum_n g_n^2`` per parameter, in float32 (float64 for float64 parameters).
 
     Attributes:
-        running: what is added to; the sums of up to 256 batches.
+        running: what is added to; the sums of up to 256 batches. Whoever adds takes the tensor from here each time.
         totals: the sums of the batches before those.
         batches: how many there were.
     """
 
     def __init__(self, params: Mapping[str, Tensor]) -> None:
-        self.running = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
+        zeros = ((name, torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device)) for name, p in params.items())
+        self.running = Running(zeros)
         self.totals: dict[str, Tensor] = {}
         self.batches = self._checked = 0
         self._filled = [name for name, total in self.running.items() if total.numel()]
@@ -33,11 +54,11 @@ class Sums:
     def end_batch(self) -> None:
         """Look for NaN and infinity, and keep the running sums small."""
         self.batches += 1
+        self._refuse_bad(self._small, self.batches - 1)
         if self.batches % _CHECK == 1:
             self.check()
-        else:
-            self._refuse_bad(self._small, self.batches - 1)
         if self.batches % _FLUSH == 0:
+            self.check()  # what has gone to the totals is not looked at again
             self._flush()
 
     def check(self) -> None:
@@ -58,7 +79,7 @@ class Sums:
         self.check()
         if self.totals:
             self._flush()
-        taken, self.running, self.totals = self.totals or self.running, {}, {}
+        taken, self.running, self.totals = self.totals or self.running, Running(), {}
         return taken
 
     def add(self, sums: Mapping[str, Tensor], batches: int) -> None:
