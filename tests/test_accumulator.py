@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -142,6 +144,33 @@ def test_merged_with_itself_and_with_nothing() -> None:
     accumulator.merge(accumulator)
     want = accumulated(model, batches * 2).fisher()
     assert_same(accumulator.fisher(), want)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[tuple[int, bool, bool]]:
+    """How samples arrive: so many, to the accumulator at hand or to a new one, that is saved and loaded or not."""
+    return draw(st.lists(st.tuples(st.integers(1, 4), st.booleans(), st.booleans()), min_size=1, max_size=6))
+
+
+@settings(max_examples=25)
+@given(histories(), st.sampled_from(["data", "expected"]), st.integers(1, 3))
+def test_any_history_gives_the_same(history: list[tuple[int, bool, bool]], labels: str, flush: int) -> None:
+    model, batches = model_and_batches([size for size, _, _ in history], torch.float64)
+    accumulators = [limpet.FisherAccumulator(model, labels=labels)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sums, "_FLUSH", flush)
+        for batch, (_, elsewhere, saved) in zip(batches, history, strict=True):
+            if elsewhere:
+                accumulators.append(limpet.FisherAccumulator(model, labels=labels))
+            if saved:
+                state = accumulators.pop().state_dict()
+                accumulators.append(limpet.FisherAccumulator(model, labels=labels))
+                accumulators[-1].load_state_dict(state)
+            accumulators[-1].add(batch)
+        while len(accumulators) > 1:
+            accumulators[-2].merge(accumulators.pop())
+    whole = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+    assert_same(accumulators[0].fisher(), limpet.diagonal_fisher(model, [whole], labels=labels), 1e-12)
 
 
 # --- refused ---------------------------------------------------------------------------------------------------------

@@ -253,6 +253,17 @@ def test_places_without_a_label_stay_without() -> None:
     assert torch.equal(given[0] == -100, targets == -100)
 
 
+@pytest.mark.parametrize("labels", ["sampled", "expected", "sampled_batched"])
+def test_bfloat16(labels: str) -> None:
+    """Against the same labels drawn in float64 from the same rounded parameters and inputs."""
+    torch.manual_seed(0)
+    model, x = mlp(4, 6, 3).bfloat16(), torch.randn(8, 4).bfloat16()
+    got = limpet.diagonal_fisher(model, [(x, None)], labels=labels)
+    want = limpet.diagonal_fisher(model.double(), [(x.double(), None)], labels=labels)
+    assert all(value.dtype == torch.float32 for value in got.values())
+    assert_fisher(got, want, 3e-2)
+
+
 @pytest.mark.parametrize("labels", ["sampled", "expected"])
 def test_max_samples(labels: str) -> None:
     torch.manual_seed(0)

@@ -158,7 +158,7 @@ def sum_grad_squared_embedding(
 # --- random numbers --------------------------------------------------------------------------------------------------
 
 _WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_FACTORS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
@@ -167,15 +167,11 @@ def philox(
     key: tuple[int, int],  # each word below 2^32
 ) -> Tensor:  # [*, 4], int64, each word below 2^32
     """Philox 4x32-10, the counter-based generator of Salmon et al. (2011): four random words for each counter."""
-    c0, c1, c2, c3 = counter.unbind(dim=-1)
-    k0, k1 = key
+    factors, weyl, keys = (counter.new_tensor(pair) for pair in (_FACTORS, _WEYL, key))
+    even, odd = counter[..., 0::2], counter[..., 1::2]
     for _ in range(10):
-        (high0, low0), (high2, low2) = _multiply(c0, _MULTIPLIERS[0]), _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0, k1 = (k0 + _WEYL[0]) & _WORD, (k1 + _WEYL[1]) & _WORD
-    return torch.stack([c0, c1, c2, c3], dim=-1)
-
-
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:  # int64 [*] -> the product's high and low words
-    high, low = word * (factor >> 16), word * (factor & 0xFFFF)  # 48 bits each: a signed product of 64 would overflow
-    return (high + (low >> 16)) >> 16, ((high << 16) + low) & _WORD
+        high, low = even * (factors >> 16), even * (factors & 0xFFFF)  # 48 bits; a whole product would overflow
+        product = (high + (low >> 16)) >> 16, ((high << 16) + low) & _WORD  # its upper and its lower 32 bits
+        even, odd = product[0].flip(-1) ^ odd ^ keys, product[1].flip(-1)
+        keys = (keys + weyl) & _WORD
+    return torch.stack([even, odd], dim=-1).flatten(-2)

@@ -291,8 +291,8 @@ class FisherAccumulator:
 def _parameters(model: Any) -> dict[str, nn.Parameter]:
     if isinstance(model, DistributedDataParallel):
         raise TypeError(
-            "model must not be wrapped in DistributedDataParallel, whose forward waits for gradients of the wrapper's "
-            "own backward: give model.module in each process, and sum over them by FisherAccumulator.fisher(group)"
+            "model must not be wrapped in DistributedDataParallel, whose forward waits for the other processes: give "
+            "model.module in each of them, and sum over them by FisherAccumulator.fisher(group)"
         )
     return tracked_parameters(model)
 

@@ -40,9 +40,10 @@ def diagonal_fisher(
     - ``"sampled"``: one label per sample, and per place of outputs ``[N, C, *]``, drawn from the model's own softmax
       by a random number that depends on ``seed``, sample and place alone: the same labels however the data are cut
       into batches. An unbiased estimate of ``"expected"``. Targets of -100 stay without a label.
-    - ``"expected"``: the exact expectation over the model's own distribution, in one forward pass and a backward pass
-      for each column of its covariance: C - 1 of them at each place (C with a ``loss`` of your own). A binary
-      classification costs what ``"data"`` costs; a language model's T V columns are not for the impatient.
+    - ``"expected"``: the exact expectation over the model's own distribution, in one forward pass, and one backward
+      pass for each column of a factor of the scores' covariance: C - 1 of them at each place (C with a ``loss`` of
+      your own). A binary classification costs what ``"data"`` costs, one over ten classes nine backward passes, and a
+      language model would cost thousands.
     - ``"sampled_batched"``: labels are drawn, and the square of each batch's summed gradient stands for the sum of the
       squares, divided by all samples: unbiased too, with more variance, for one ordinary backward pass (the
       Gauss-Newton-Bartlett estimator of Liu et al. 2023, arXiv 2305.14342).
