@@ -16,7 +16,7 @@ from torch import Tensor, distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import limpet
-from cases import CLASSES, Affine, LanguageModel, mlp
+from cases import CLASSES, mlp
 from limpet.fisher import computation, sums
 from limpet.fisher.labels import LABELS
 
@@ -109,11 +109,41 @@ def test_a_state_does_not_change_with_later_batches() -> None:
     assert_same(accumulator.fisher(), want)
 
 
+class HiddenLinear(nn.Linear):
+    """A linear layer that no rule can see: its weight goes the per-sample way."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+            x, weight = ctx.saved_tensors
+            return grad @ weight, grad.T @ x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.Function.apply(x, self.weight) + self.bias
+
+
+class Positions(nn.Module):
+    """A parameter shared by the samples: its per-sample gradients are formed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.table = HiddenLinear(4, CLASSES), nn.Embedding(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, 3, 4]
+        return self.linear((x + self.table(torch.arange(3))).square().sum(dim=1))
+
+
 def test_routes_are_kept() -> None:
     torch.manual_seed(0)
-    model, ids = LanguageModel(tied=True), torch.randint(0, 6, (4, 3))
-    accumulator, other = accumulated(model, [(ids, ids)]), limpet.FisherAccumulator(model)
-    assert "per_sample" in accumulator.fisher().routes.values()
+    model, batch = Positions(), (torch.randn(4, 3, 4), torch.randint(CLASSES, (4,)))
+    accumulator, other = accumulated(model, [batch]), limpet.FisherAccumulator(model)
+    assert accumulator.fisher().routes["linear.weight"] == "per_sample"
+    assert set(accumulator.fisher().routes.values()) == {"per_sample", "materialised", "fused"}
     other.load_state_dict(accumulator.state_dict())
     assert other.fisher().routes == accumulator.fisher().routes
     merged = limpet.FisherAccumulator(model)
@@ -187,8 +217,9 @@ STATES: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
     (changed(seed=-1), ValueError, "{}['seed'] must be at least 0"),
     (changed(num_samples=1.5), TypeError, "{}['num_samples'] must be an integer"),
     (changed(num_batches=-1), ValueError, "{}['num_batches'] must be at least 0"),
-    (changed(per_sample=["elsewhere"]), ValueError, "{}['per_sample'] must hold names of parameters"),
-    (changed(per_sample=None), TypeError, "{}['per_sample'] must be a list of names"),
+    (changed(routes=None), ValueError, "{}['routes'] must hold a route for each parameter, got NoneType None"),
+    (changed(routes={"elsewhere": "fused"}), ValueError, "{}['routes'] must hold a route for each parameter"),
+    (lambda s: s | {"routes": s["routes"] | {"1.bias": "any"}}, ValueError, "{}['routes'] must hold a route for each"),
     (changed(running=None), TypeError, "{}['running'] must be a mapping"),
     (changed(running={}), ValueError, "{}['running'] must hold the parameters of this model, not so: ['1.bias'"),
     (lambda s: s | {"running": s["running"] | {"1.bias": torch.zeros(7)}}, ValueError, "['1.bias'] must have shape"),
@@ -262,12 +293,10 @@ class Breaks(nn.Module):
 
 @pytest.mark.parametrize("labels", ["data", "expected"])
 @pytest.mark.parametrize("before", [0, 1, 2])
-@pytest.mark.parametrize("first", [lambda: nn.Linear(4, 4), lambda: Affine(4)], ids=["fused", "per sample"])
-def test_a_batch_that_is_interrupted_is_not_counted_in_part(
-    first: Callable[[], nn.Module], before: int, labels: str
-) -> None:
+@pytest.mark.parametrize("first", [nn.Linear, HiddenLinear], ids=["fused", "per sample"])
+def test_a_batch_that_is_interrupted_is_not_counted_in_part(first: type[nn.Linear], before: int, labels: str) -> None:
     torch.manual_seed(0)
-    model = Breaks(first())
+    model = Breaks(first(4, 4))
     batches = [(torch.randn(5, 4), torch.randint(CLASSES, (5,))) for _ in range(before + 1)]
     accumulator = accumulated(model, batches[:-1], labels=labels)
     state = accumulator.state_dict()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,14 +18,14 @@ from limpet.fisher.batches import Batch
 from limpet.fisher.checks import buffers_kept, tracked_parameters
 from limpet.fisher.computation import Computation
 from limpet.fisher.labels import LABELS, Loss, objective_of
-from limpet.fisher.result import DiagonalFisher
+from limpet.fisher.result import ROUTES, DiagonalFisher
 from limpet.reference import wide
 
 _BATCHED = (
     "labels='batched' squares the mean gradient of each batch. That is not the Fisher information: its size and its "
     "pattern depend on the batch size. It is here to reproduce old results; 'data', 'sampled' and 'expected' are exact"
 )
-_STATE = ("labels", "seed", "num_samples", "num_batches", "per_sample", "running", "totals")
+_STATE = ("labels", "seed", "num_samples", "num_batches", "routes", "running", "totals")
 
 
 class FisherAccumulator:
@@ -103,8 +103,8 @@ class FisherAccumulator:
                 have added as many batches as it likes, or none. Without it, this process's own samples.
 
         Returns:
-            As :func:`limpet.diagonal_fisher`, the same in every process. A parameter's route is ``"per_sample"`` if it
-            was in any process.
+            As :func:`limpet.diagonal_fisher`, the same in every process. A parameter's route is the costliest of all
+            processes.
 
         Raises:
             TypeError: ``group`` is no process group that this process belongs to.
@@ -114,7 +114,7 @@ class FisherAccumulator:
         """
         if group is None:
             self._require_whole()
-            return self._result(self._computation.sums.copies(), self._num_samples, self._computation.slow)
+            return self._result(self._computation.sums.copies(), self._num_samples, self._routes())
         if not distributed.is_available() or not isinstance(group, distributed.ProcessGroup):
             raise TypeError(f"group must be a process group of this process, got {_checks.describe(group)}")
         values: dict[str, Tensor] = {}
@@ -125,7 +125,7 @@ class FisherAccumulator:
         except RuntimeError as caught:  # the others wait: they are to hear of it before it is raised
             error = str(caught)
         layout = {name: (tuple(p.shape), str(wide(p.dtype))) for name, p in self._params.items()}
-        mine = (error, self._labels, layout, self._num_samples, list(self._computation.slow))
+        mine = (error, self._labels, layout, self._num_samples, self._routes())
         every: list[Any] = [None] * distributed.get_world_size(group)
         with torch.cuda.device_of(next(iter(self._params.values()))):
             distributed.all_gather_object(every, mine, group)
@@ -141,7 +141,8 @@ class FisherAccumulator:
             for value in values.values():
                 if value.numel():
                     distributed.all_reduce(value, group=group)
-        return self._result(values, sum(count for *_, count, _ in every), {name for *_, slow in every for name in slow})
+        routes = {name: max((routes[name] for *_, routes in every), key=ROUTES.index) for name in values}
+        return self._result(values, sum(count for *_, count, _ in every), routes)
 
     def merge(self, other: FisherAccumulator | Mapping[str, Any]) -> None:
         """Add the samples of another accumulator, or of its :meth:`state_dict`.
@@ -157,7 +158,7 @@ class FisherAccumulator:
         for name, total in state["totals"].items():
             sums[name] = sums[name] + total
         self._computation.sums.add(sums, state["num_batches"])
-        self._computation.slow.update({name: self._params[name] for name in state["per_sample"]})
+        self._take_over(state["routes"])
         self._num_samples += state["num_samples"]
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +175,7 @@ class FisherAccumulator:
             "seed": self._seed,
             "num_samples": self._num_samples,
             "num_batches": sums.batches,
-            "per_sample": list(self._computation.slow),
+            "routes": self._routes(),
             "running": {name: total.clone() for name, total in sums.running.items()},
             "totals": {name: total.clone() for name, total in sums.totals.items()},
         }
@@ -187,11 +188,8 @@ class FisherAccumulator:
             ValueError: the labels, or the names or shapes of the parameters, are others. Nothing has changed then.
         """
         read = self._read_state("state", state)
-        computation = self._new_computation(read["seed"])
-        computation.sums.load(read["running"], read["totals"], read["num_batches"])
-        computation.slow.update({name: self._params[name] for name in read["per_sample"]})
-        self._computation, self._seed, self._num_samples = computation, read["seed"], read["num_samples"]
-        self._torn = None
+        self._restart(read["seed"], read["running"], read["totals"], read["num_batches"], read["routes"])
+        self._seed, self._num_samples = read["seed"], read["num_samples"]
 
     def __repr__(self) -> str:
         return (
@@ -215,8 +213,9 @@ class FisherAccumulator:
             if check is not None:
                 check()
         except BaseException as error:
-            if not running.touched:
-                self._start_anew()
+            if not running.touched:  # as if the batch had not come; a layout found on it may be wrong
+                sums = self._computation.sums
+                self._restart(self._seed, running, sums.totals, sums.batches, self._routes())
             if isinstance(error, CheckpointError):
                 raise RuntimeError(
                     "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
@@ -226,24 +225,40 @@ class FisherAccumulator:
         self._num_samples += batch.size
         self._torn = None
 
-    def _start_anew(self) -> None:
-        """Keep the sums, and forget what was found out about the model on a batch that was refused then."""
-        sums, slow = self._computation.sums, self._computation.slow
-        self._computation = self._new_computation(self._seed)
-        self._computation.sums.load(sums.running, sums.totals, sums.batches)
-        self._computation.slow.update(slow)
-        self._torn = None
+    def _restart(
+        self,
+        seed: int,
+        running: Mapping[str, Tensor],
+        totals: Mapping[str, Tensor],
+        batches: int,
+        routes: Mapping[str, str],
+    ) -> None:
+        """Go on from these sums; what was found out about the model is forgotten."""
+        computation = self._new_computation(seed)
+        computation.sums.load(running, totals, batches)
+        self._computation, self._torn = computation, None
+        self._take_over(routes)
+
+    def _routes(self) -> dict[str, str]:
+        slow, materialised = self._computation.slow, self._computation.materialised
+        return {name: ROUTES[2 if name in slow else name in materialised] for name in self._params}
+
+    def _take_over(self, routes: Mapping[str, str]) -> None:
+        """Take no cheaper routes than these."""
+        self._computation.materialised.update(name for name, route in routes.items() if route == "materialised")
+        self._computation.slow.update({name: self._params[name] for name, r in routes.items() if r == "per_sample"})
 
     def _finish(self) -> DiagonalFisher:
         """The mean, without a copy of the sums; the accumulator is used up."""
-        return self._result(self._computation.sums.take(), self._num_samples, self._computation.slow)
+        return self._result(self._computation.sums.take(), self._num_samples, self._routes())
 
-    def _result(self, sums: Mapping[str, Tensor], samples: int, slow: Collection[str]) -> DiagonalFisher:
+    @staticmethod
+    def _result(sums: Mapping[str, Tensor], samples: int, routes: Mapping[str, str]) -> DiagonalFisher:
         if not samples:
             raise RuntimeError("there is no Fisher information of no samples: add a batch first")
         for total in sums.values():
             total.div_(samples)
-        return DiagonalFisher(sums, samples, {name: "per_sample" if name in slow else "fused" for name in sums})
+        return DiagonalFisher(sums, samples, routes)
 
     def _require_whole(self) -> None:
         if self._torn is not None:
@@ -279,13 +294,10 @@ class FisherAccumulator:
         for key in ("num_samples", "num_batches"):
             read[key] = _checks.integer(f"{name}[{key!r}]", state[key], minimum=0)
         sums = {key: _tensors(f"{name}[{key!r}]", state[key], self._params) for key in ("running", "totals")}
-        if not isinstance(state["per_sample"], (list, tuple)):
-            got = _checks.describe(state["per_sample"])
-            raise TypeError(f"{name}['per_sample'] must be a list of names, got {got}")
-        unknown = set(state["per_sample"]) - self._params.keys()
-        if unknown:
-            raise ValueError(f"{name}['per_sample'] must hold names of parameters, got {sorted(map(str, unknown))}")
-        return {**read, **sums, "per_sample": list(state["per_sample"])}
+        routes = state["routes"]
+        if not isinstance(routes, Mapping) or routes.keys() != self._params.keys() or set(routes.values()) - {*ROUTES}:
+            raise ValueError(f"{name}['routes'] must hold a route for each parameter, got {_checks.describe(routes)}")
+        return {**read, **sums, "routes": dict(routes)}
 
 
 def _parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -27,6 +27,7 @@ class Batched:
         self._model, self._objective, self._params, self._mean = model, objective, params, mean
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # none
+        self.materialised: set[str] = set()  # none
         self._apart = False  # whether samples were seen not to interact
 
     def add(self, batch: Batch) -> None:

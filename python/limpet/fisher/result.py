@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+ROUTES = ("fused", "materialised", "per_sample")  # from cheap to costly
+
 
 class DiagonalFisher(Mapping[str, Tensor]):
     """The diagonal of the Fisher information, by parameter name.
@@ -13,8 +15,8 @@ class DiagonalFisher(Mapping[str, Tensor]):
     Attributes:
         num_samples: samples that the mean was taken over.
         routes: for each name ``"fused"`` (one backward pass per batch; also for parameters that the model never uses,
-            whose value is zero) or ``"per_sample"`` (one backward pass per sample, in at least one batch). Both are
-            exact.
+            whose value is zero), ``"materialised"`` (the same, but per-sample gradients were formed, a few samples at
+            a time) or ``"per_sample"`` (one backward pass per sample); the costliest of all batches. All are exact.
     """
 
     def __init__(self, values: Mapping[str, Tensor], num_samples: int, routes: Mapping[str, str]) -> None:

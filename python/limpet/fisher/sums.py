@@ -109,7 +109,7 @@ class Sums:
         """Raise if one of these running sums is not finite; ``first`` is the first batch not yet looked at."""
         if not names:
             return
-        largest = torch.stack([v.double() for v in torch._foreach_max([self.running[name] for name in names])])
+        largest = torch.stack(torch._foreach_max([self.running[name] for name in names]))
         if not torch.isfinite(largest).all():
             name = next(name for name, value in zip(names, largest.tolist(), strict=True) if not value < float("inf"))
             last = self.batches - 1
