@@ -261,6 +261,8 @@ def test_a_batch_that_is_refused_changes_nothing() -> None:
     for refused, words in (((bad, batches[1][1]), "loss of sample 1 of batch 1 is nan"), ((bad[:, :3], None), "shape")):
         with pytest.raises(RuntimeError, match=words):
             accumulator.add(refused)
+    with pytest.raises(ValueError, match="one value per sample"):
+        limpet.FisherAccumulator(model, loss=lambda o, y: o).add(batches[1])
     accumulator.add(batches[1])
     assert_same(accumulator.fisher(), limpet.diagonal_fisher(model, batches))
 

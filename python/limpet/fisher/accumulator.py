@@ -204,7 +204,7 @@ class FisherAccumulator:
 
     def _add(self, batch: Batch, check: Callable[[], None] | None) -> None:
         """Add a batch that was read, within :func:`buffers_kept`; ``check`` may still refuse it."""
-        running = self._computation.sums.running
+        running, routes = self._computation.sums.running, self._routes()
         running.touched = False
         self._torn = batch.number
         try:
@@ -215,7 +215,7 @@ class FisherAccumulator:
         except BaseException as error:
             if not running.touched:  # as if the batch had not come; a layout found on it may be wrong
                 sums = self._computation.sums
-                self._restart(self._seed, running, sums.totals, sums.batches, self._routes())
+                self._restart(self._seed, running, sums.totals, sums.batches, routes)
             if isinstance(error, CheckpointError):
                 raise RuntimeError(
                     "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
@@ -241,7 +241,7 @@ class FisherAccumulator:
 
     def _routes(self) -> dict[str, str]:
         slow, materialised = self._computation.slow, self._computation.materialised
-        return {name: ROUTES[2 if name in slow else name in materialised] for name in self._params}
+        return {name: ROUTES[2 if name in slow else int(name in materialised)] for name in self._params}
 
     def _take_over(self, routes: Mapping[str, str]) -> None:
         """Take no cheaper routes than these."""

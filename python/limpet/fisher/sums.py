@@ -83,13 +83,13 @@ class Sums:
         return taken
 
     def add(self, sums: Mapping[str, Tensor], batches: int) -> None:
-        """Add the sums over other batches."""
-        if not self.totals:
-            self.totals = {name: torch.zeros_like(total) for name, total in self.running.items()}
+        """Add the sums over other batches, which were checked."""
+        self.check()
+        self._flush()
         for name, total in self.totals.items():
             total.add_(sums[name].to(total.device))
         self.batches += batches
-        self._checked += batches  # those were
+        self._checked = self.batches
 
     def load(self, running: Mapping[str, Tensor], totals: Mapping[str, Tensor], batches: int) -> None:
         """Become what other sums were."""
