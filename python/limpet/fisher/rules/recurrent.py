@@ -91,15 +91,15 @@ def _opened(cell: Cell) -> Callable[..., Any]:
         input: Tensor,
         hx: Any,
         weights: Any,
-        has_biases: bool,
+        has_biases: Any,
         num_layers: int,
         dropout: float,
         train: bool,
         bidirectional: bool,
-        batch_first: Any = None,
+        batch_first: Any,
     ) -> Any:
-        if batch_first is None or not isinstance(num_layers, int) or (train and dropout > 0):
-            return None  # a packed sequence, or random
+        if not isinstance(has_biases, bool) or (train and dropout > 0):
+            return None  # a packed sequence, with the sizes of its steps as second argument, or random
         initial = hx if isinstance(hx, (tuple, list)) else (hx,)
         projected = len(initial) == 2 and initial[0].shape[-1] != initial[1].shape[-1]
         return _layers(
