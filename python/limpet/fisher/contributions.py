@@ -134,9 +134,7 @@ class Vector(NamedTuple):
         if self.input is None:
             return ops.sum_grad_squared_bias(self.output_grad, channel_dim=self.channel_dim, into=into)
         d, x = self.output_grad, self.input
-        return ops.sum_grad_squared_scale(
-            d, x.to(d.dtype), shift=self.shift, channel_dim=self.channel_dim, into=into
-        )
+        return ops.sum_grad_squared_scale(d, x.to(d.dtype), shift=self.shift, channel_dim=self.channel_dim, into=into)
 
     def _along(self, channels: Tensor) -> Tensor:  # [C] -> broadcasts against the input
         return channels if self.channel_dim == -1 else channels.view(-1, *[1] * (self.output_grad.dim() - 2))

@@ -21,8 +21,6 @@ from limpet.fisher.rules.base import Saved, Split
 if TYPE_CHECKING:  # the recorder asks picks_rows
     from limpet.fisher.recorder import Key, Recorder
 
-_RANGE = 8.0  # the factors run from 2**-8 to 2**8
-
 _SEARCHES = {"argsort", "argwhere", "kthvalue", "msort", "nonzero", "searchsorted", "sort", "topk", "unique"}
 _MOVES = {
     *("gather", "index_add", "index_copy", "index_put", "index_select", "masked_scatter", "masked_select"),
@@ -50,35 +48,42 @@ def misplaced(
 ) -> set[Key]:
     """The calls in which a row's gradient does not come from the sample that its split says, and from it alone.
 
-    Each sample's loss is multiplied by a factor of its own, and so must be the gradient of each of its rows.
+    Each sample's losses are multiplied by a factor of its own, and then by another: the gradient of each of its rows
+    must follow. The factors are powers of two, which change no rounding; no two samples have the same ratio of factors
+    in all of the pairs of passes, of which up to 200 samples need one.
     """
-    samples = losses.shape[0]
-    factors = torch.logspace(-_RANGE, _RANGE, samples, base=2.0, dtype=losses.dtype, device=losses.device).unsqueeze(1)
-    plain = _row_sizes(losses, torch.ones_like(factors), recorder, splits)
-    scaled = _row_sizes(losses, factors, recorder, splits)
-    tolerance = min(rounding(losses.dtype), (2.0 ** (2 * _RANGE / (samples - 1)) - 1) / 4)
-    wrong = set()
-    for key, sizes in plain.items():
-        expected = sizes * factors.to(sizes)
-        noise = 8 * torch.finfo(losses.dtype).eps * expected.amax() if expected.numel() else 0.0
-        if not ((scaled[key] - expected).abs() <= tolerance * expected + noise).all():
-            wrong.add(key)
-    return wrong
+    most = 4 if losses.dtype == torch.float16 else 50
+    ratios = 4 * most + 1  # of 2**first and 2**second with both exponents in -most..most
+    wrong: set[Key] = set()
+    digits = torch.arange(losses.shape[0], device=losses.device)
+    while True:
+        ratio = digits % ratios - 2 * most
+        first = ratio.clamp(-most, most)
+        second = first - ratio
+        sizes = [_row_sizes(losses, exponents, recorder, splits) for exponents in (first, second)]
+        for key, before in sizes[0].items():
+            after = sizes[1][key]
+            if not ((before - after).abs() <= rounding(losses.dtype) * torch.maximum(before, after)).all():
+                wrong.add(key)
+        digits = digits // ratios
+        if not digits.any():
+            return wrong
 
 
 def _row_sizes(
     losses: Tensor,  # [N, K]
-    factors: Tensor,  # [N, 1]
+    exponents: Tensor,  # int64 [N]
     recorder: Recorder,
     splits: Mapping[Key, Split],
 ) -> dict[Key, Tensor]:  # [N, T] each
-    """The sum of magnitudes of each row's output gradient, samples in front."""
+    """The sum of magnitudes of each row's output gradient, samples in front, with each sample's factor taken out."""
     sizes: dict[Key, Tensor] = {}
+    factors = torch.ldexp(losses.new_ones(()), exponents).unsqueeze(1)
 
     def note(key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
         if key in splits:
             rows = dy.abs().flatten(call.lead).sum(dim=-1, dtype=torch.float64) if dy.dim() > call.lead else dy.abs()
-            sizes[key] = splits[key](rows).reshape(losses.shape[0], -1)
+            sizes[key] = splits[key](rows).reshape(losses.shape[0], -1).double() / factors.double()
 
     on_backward, recorder.on_backward = recorder.on_backward, note
     try:
