@@ -13,6 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, distributed, multiprocessing, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 import limpet
@@ -446,6 +448,8 @@ def in_each_process(rank: int, rendezvous: str, folder: str) -> None:
     found["bad"] = error(lambda: rooted.add((torch.ones(1, 4) - rank, torch.tensor([0]))))
     found["interrupted"] = error(lambda: rooted.fisher(group))
     found["wrapped"] = error(lambda: limpet.diagonal_fisher(DistributedDataParallel(model), mine))
+    sharded = distribute_module(mlp(4, 6), init_device_mesh("cpu", (2,)))
+    found["sharded"] = error(lambda: limpet.FisherAccumulator(sharded))
     torch.save(found, Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()
 
@@ -477,7 +481,8 @@ def test_every_process_hears_of_errors(processes: list[dict[str, Any]]) -> None:
     assert "the squared gradient of 'first.weight' is not finite in batch 0" in processes[1]["bad"]
 
 
-def test_a_wrapped_model_is_refused(processes: list[dict[str, Any]]) -> None:
+def test_a_wrapped_or_sharded_model_is_refused(processes: list[dict[str, Any]]) -> None:
     for found in processes:
         assert "TypeError: model must not be wrapped in DistributedDataParallel" in found["wrapped"]
         assert "give model.module" in found["wrapped"]
+        assert found["sharded"].startswith("TypeError: parameter '1.weight' must not be sharded over processes")

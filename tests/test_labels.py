@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,11 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import limpet
-from cases import CLASSES, LanguageModel, TimeMajor, mlp
+from cases import CLASSES, MODELS, Case, LanguageModel, TimeMajor, mlp
 from limpet.fisher import labels as modes
 from limpet.fisher.batches import read
-
-BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
+from test_diagonal_fisher import BOUND, assert_fisher, double
 
 
 def squared_gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
@@ -34,29 +33,24 @@ def squared_gradient(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
     }
 
 
-def expectation(model: nn.Module, x: Tensor, ignored: Tensor | None = None) -> dict[str, Tensor]:
+def expectation(model: nn.Module, inputs: Any, ignored: Tensor | None = None) -> dict[str, Tensor]:
     """The definition: for each sample, place and class the squared gradient, weighted by its probability; float64.
 
     The labels of different places are independent given the input, and each one's gradient has mean zero, so the
     expected square of their sum is the sum of their expected squares.
     """
     total: dict[str, Tensor] = {}
-    for n in range(len(x)):
-        logits = model(x[n : n + 1])[0]  # [C, *]
-        log_p = torch.log_softmax(logits.double().flatten(1) if logits.dim() > 1 else logits.double()[:, None], dim=0)
+    batch = read((inputs, None), 0, 0)
+    for n in range(batch.size):
+        one = batch.take(slice(n, n + 1)).inputs
+        logits = model(**one) if isinstance(one, dict) else model(*one) if isinstance(one, tuple) else model(one)
+        log_p = torch.log_softmax(logits.double().reshape(logits.shape[1], -1), dim=0)  # [C, T]
         for t, c in itertools.product(range(log_p.shape[1]), range(log_p.shape[0])):
             if ignored is not None and bool(ignored[n].flatten()[t]):
                 continue
             for name, square in squared_gradient(model, log_p[c, t]).items():
-                total[name] = total.get(name, 0.0) + log_p[c, t].detach().exp() * square / len(x)
+                total[name] = total.get(name, 0.0) + log_p[c, t].detach().exp() * square / batch.size
     return total
-
-
-def assert_fisher(got: Mapping[str, Tensor], want: Mapping[str, Tensor], bound: float) -> None:
-    assert set(got) == set(want)
-    for name, value in want.items():
-        error = (got[name].double() - value).abs().max().item()
-        assert error <= bound * value.abs().max().item(), f"{name}: {error:.2e} of {value.abs().max().item():.2e}"
 
 
 class WithLogits(nn.Module):
@@ -95,6 +89,14 @@ def test_expected(make_model: Callable[[], nn.Module], shape: tuple[int, ...], o
     fisher = limpet.diagonal_fisher(model, batches, labels="expected", loss=loss)
     assert set(fisher.routes.values()) == {"fused"}
     assert_fisher(fisher, expectation(model.double(), x.double()), BOUND[dtype])
+
+
+@pytest.mark.parametrize("case", MODELS, ids=lambda case: case.name)
+def test_expected_of_every_model(case: Case) -> None:
+    torch.manual_seed(0)
+    model, (inputs, _) = case.make_model().double(), double(case.make_batch(2))
+    fisher = limpet.diagonal_fisher(model, [(inputs, None)], labels="expected")
+    assert_fisher(fisher, expectation(model, inputs), BOUND[torch.float64])
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["default loss", "own loss"])

@@ -306,7 +306,11 @@ def _parameters(model: Any) -> dict[str, nn.Parameter]:
             "model must not be wrapped in DistributedDataParallel, whose forward waits for the other processes: give "
             "model.module in each of them, and sum over them by FisherAccumulator.fisher(group)"
         )
-    return tracked_parameters(model)
+    params = tracked_parameters(model)
+    for name, p in params.items():
+        if hasattr(p, "device_mesh"):  # a DTensor, whose type takes long to import
+            raise TypeError(f"parameter {name!r} must not be sharded over processes: each needs a whole model")
+    return params
 
 
 def _seed(name: str, value: Any) -> int:
