@@ -265,6 +265,23 @@ def test_bfloat16(labels: str) -> None:
     assert_fisher(got, want, 3e-2)
 
 
+@pytest.mark.filterwarnings("ignore:labels='batched' squares:UserWarning")
+@pytest.mark.parametrize("labels", modes.LABELS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(labels: str, dtype: torch.dtype) -> None:
+    """Gradients that float16 cannot hold without a loss scale."""
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.double(), labels, reduction="none") * 2.0**-24
+
+    torch.manual_seed(0)
+    model, batch = mlp(4, 6, 3), (torch.randn(8, 4), torch.randint(3, (8,)))
+    with torch.autocast("cpu", dtype):
+        got = limpet.diagonal_fisher(model, [batch], labels=labels, loss=loss)
+    want = limpet.diagonal_fisher(model.double(), [(batch[0].double(), batch[1])], labels=labels)
+    assert_fisher({name: value.double() * 2.0**48 for name, value in got.items()}, want, 5e-2)
+
+
 @pytest.mark.parametrize("labels", ["sampled", "expected"])
 def test_max_samples(labels: str) -> None:
     torch.manual_seed(0)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.per_sample import same_loss
+from limpet.fisher.precision import LossScale, gradients, is_half, without_tf32
 from limpet.fisher.sums import Sums
 
 
@@ -28,10 +30,19 @@ class Batched:
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # none
         self.materialised: set[str] = set()  # none
+        self._loss_scale = LossScale()
         self._apart = False  # whether samples were seen not to interact
 
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradient."""
+        with without_tf32():
+            if is_half(self._params):
+                self._loss_scale.add(self.sums.running, partial(self._add, batch))
+            else:
+                self._add(batch, self.sums.running, 1.0)
+        self.sums.end_batch()
+
+    def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:
         losses = losses_of(self._model, batch, self._objective)
         if not losses.requires_grad:
             raise RuntimeError(
@@ -43,10 +54,9 @@ class Batched:
                 alone = losses_of(self._model, batch.take(slice(0, 1)), self._objective)
             same_loss(alone, losses.detach()[:1], batch, torch.tensor([0]))
             self._apart = True
-        grads = torch.autograd.grad(losses.sum(), list(self._params.values()), allow_unused=True)
+        grads = gradients(losses, list(self._params.values()), torch.full_like(losses, scale))
         for name, grad in zip(self._params, grads, strict=True):
             if grad is not None:
-                total = self.sums.running[name]
+                total = sums[name]
                 grad = (grad.to_dense() if grad.layout != torch.strided else grad).to(total.dtype)
                 total.addcmul_(grad, grad, value=1 / batch.size if self._mean else 1.0)
-        self.sums.end_batch()
