@@ -86,8 +86,9 @@ class FisherAccumulator:
             RuntimeError: the model's parameters are not those it had, or as :func:`limpet.diagonal_fisher`.
 
         Whatever is raised before the first gradient was summed (a loss that is not finite, samples that interact, an
-        error of the model's), nothing of the batch counts. Raised later, the sums may hold a part of it: the
-        accumulator then refuses further use until :meth:`load_state_dict` gives it a state from before.
+        error of the model's), nothing of the batch counts. Raised later (in float16, at any time in the batch), the
+        sums may hold a part of it: the accumulator then refuses further use until :meth:`load_state_dict` gives it a
+        state from before.
         """
         self._require_whole()
         self._require_same_parameters()

@@ -81,7 +81,7 @@ def diagonal_fisher(
         ValueError: an argument's value cannot be used, there are no batches, or the loss does not give one value per
             sample.
         RuntimeError: the result would not be exact: samples interact, the model is random or changes its buffers, a
-            loss or gradient is not finite, activations are checkpointed, inference mode or autocast is on.
+            loss or gradient is not finite, activations are checkpointed, inference mode is on.
 
     Warns:
         UserWarning: ``labels="batched"`` was asked for.
