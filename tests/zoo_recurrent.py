@@ -135,6 +135,6 @@ ENTRIES = [
     Entry(
         "padded to the longest",
         lambda: Net(padded_to_the_longest, first=nn.Linear(WIDTH, HIDDEN), head=head(HIDDEN)),
-        batches(of_lengths(False)), None, None,
+        batches(of_lengths(False)),
     ),
 ]  # fmt: skip

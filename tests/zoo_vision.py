@@ -154,7 +154,7 @@ ENTRIES = [
     Entry(
         "video",
         lambda: Net(video, frame=nn.Conv2d(3, 4, 3), time=nn.Conv1d(4, WIDTH, 2), head=head()),
-        labelled(3, 3, 4, 4), None, None,
+        labelled(3, 3, 4, 4),
     ),
     Entry(
         "mixer",

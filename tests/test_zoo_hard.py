@@ -1,0 +1,126 @@
+"""``diagonal_fisher`` on batches and models chosen against the ways in which it finds out whose row is whose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import limpet
+import zoo_attention
+import zoo_hard
+import zoo_recurrent
+import zoo_reuse
+import zoo_vision
+from test_zoo import check
+from zoo import LENGTH, WIDTH, Batches, Entry, Net, assert_exact, classes, definition, head, single_samples, tree_map
+
+# --- ordinary models, batches of every kind --------------------------------------------------------------------------
+
+
+def collated(samples: list[Any]) -> Any:
+    first = samples[0]
+    if isinstance(first, Tensor):
+        return torch.cat(samples)
+    return tuple(collated(list(parts)) for parts in zip(*samples, strict=True))
+
+
+def zeros(sample: Any) -> Any:
+    inputs, target = sample
+    return tree_map(lambda t: torch.zeros_like(t) if t.is_floating_point() else t, inputs), target
+
+
+KINDS = {
+    "one first": lambda s: [s[:1], s[1:5], s[5:7]],
+    "pairs": lambda s: [s[:2], s[2:4]],
+    "multiples of three": lambda s: [s[:6], [*s[:8], s[0]]],
+    "identical first": lambda s: [[s[0]] * 4, s[1:4]],
+    "two of a kind": lambda s: [[s[0], s[0], *s[1:3]], s[3:6]],
+    "zeros first": lambda s: [[*map(zeros, s[:3]), *s[3:5]], s[5:8]],
+}
+ORDINARY = [
+    *(e for e in zoo_attention.ENTRIES + zoo_vision.ENTRIES + zoo_reuse.ENTRIES if e.loss is None),
+    *(e for e in zoo_recurrent.ENTRIES if "sorted" not in e.name),
+]
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("entry", ORDINARY, ids=lambda entry: entry.name)
+def test_batches_of_every_kind(entry: Entry, kind: str) -> None:
+    def make() -> Batches:
+        return [collated(samples) for samples in KINDS[kind](list(single_samples(entry.make_batches())))]
+
+    check(entry._replace(make_batches=make, expected_routes=None), torch.float64)
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def expected(entries: list[Entry], reason: str, error: type[BaseException]) -> list[Any]:
+    mark = pytest.mark.xfail(strict=True, reason=reason, raises=error)
+    return [pytest.param(entry, marks=mark) for entry in entries]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        *zoo_hard.EXACT,
+        *expected(zoo_hard.WRONG, "wrong in silence: a layout seen on few rows or other shapes", AssertionError),
+        *expected(zoo_hard.FAILING[:2], "autograd.grad in forward runs into the recorder", KeyError),
+        *expected(zoo_hard.FAILING[2:], "the recorder's function is not made for torch.func", RuntimeError),
+    ],
+    ids=lambda entry: entry.name,
+)
+def test_models(entry: Entry) -> None:
+    check(entry, torch.float64)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled(compiler: str) -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), head()).double(), backend=compiler)
+    batches = [(torch.randn(n, WIDTH, dtype=torch.float64), classes(n)) for n in (4, 3)]
+    assert_exact(limpet.diagonal_fisher(model, batches), definition(model, batches), torch.float64)
+
+
+@pytest.mark.xfail(strict=True, reason="a hook runs on the per-sample way and not on the fused one")
+def test_hooks_of_parameters_do_not_run() -> None:
+    model = Net(lambda m, x: m.head(x * m.scale), scale=torch.rand(WIDTH), head=head()).double()
+    batches = [(torch.randn(n, WIDTH, dtype=torch.float64), classes(n)) for n in (4, 3)]
+    want = definition(model, batches)
+    for p in model.parameters():
+        p.register_hook(torch.zeros_like)
+    assert_exact(limpet.diagonal_fisher(model, batches), want, torch.float64)
+
+
+@pytest.mark.xfail(strict=True, reason="the probe puts identical samples last", raises=RuntimeError)
+def test_lengths_in_descending_order_stay_so() -> None:
+    def forward(m: Net, x: Tensor, counts: Tensor) -> Tensor:
+        return m.head(m.rnn(pack_padded_sequence(x, counts, batch_first=True))[1][-1])
+
+    model = Net(forward, rnn=nn.GRU(WIDTH, WIDTH, batch_first=True), head=head()).double()
+    x = torch.randn(1, LENGTH, WIDTH, dtype=torch.float64).expand(3, -1, -1)
+    batches = [((x, torch.tensor([4, 4, 2])), classes(3))]
+    assert_exact(limpet.diagonal_fisher(model, batches), definition(model, batches), torch.float64)
+
+
+def beyond_the_third(m: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(m.first(x))
+    return m.head(torch.cat([h[:3], h[3:] - h[3:].mean(dim=0)]) if len(x) > 3 else h)
+
+
+def in_large_batches(m: Net, x: Tensor) -> Tensor:
+    h = torch.tanh(m.first(x))
+    return m.head(h - h.mean(dim=0) if len(x) > 4 else h)
+
+
+@pytest.mark.xfail(strict=True, reason="only three samples of the first batch are probed", raises=pytest.fail.Exception)
+@pytest.mark.parametrize("forward", [beyond_the_third, in_large_batches])
+def test_samples_that_interact_where_the_probe_does_not_look(forward: Any) -> None:
+    model = Net(forward, first=nn.Linear(WIDTH, WIDTH), head=head())
+    with pytest.raises(RuntimeError, match="mixes samples"):
+        limpet.diagonal_fisher(model, [(torch.randn(n, WIDTH), classes(n)) for n in (4, 8)])
