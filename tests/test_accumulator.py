@@ -283,7 +283,7 @@ class Breaks(nn.Module):
 
     def __init__(self, first: nn.Module) -> None:
         super().__init__()
-        self.first, self.head, self.broken = first, nn.Linear(4, CLASSES), False
+        self.first, self.head, self.broken, self.calls = first, nn.Linear(4, CLASSES), 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.tanh(self.first(x))
@@ -292,30 +292,49 @@ class Breaks(nn.Module):
         return self.head(h)
 
     def fail(self, grad: Tensor) -> None:
-        raise KeyboardInterrupt
+        self.calls += 1
+        if self.calls == self.broken:
+            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("labels", ["data", "expected"])
-@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("call", [1, 2, 3, 4])  # the first ones may check the rows, and sum nothing yet
+@pytest.mark.parametrize("before", [0, 1])
 @pytest.mark.parametrize("first", [nn.Linear, HiddenLinear], ids=["fused", "per sample"])
-def test_a_batch_that_is_interrupted_is_not_counted_in_part(first: type[nn.Linear], before: int, labels: str) -> None:
+def test_a_batch_that_is_interrupted_is_not_counted_in_part(
+    first: type[nn.Linear], before: int, call: int, labels: str
+) -> None:
     torch.manual_seed(0)
     model = Breaks(first(4, 4))
     batches = [(torch.randn(5, 4), torch.randint(CLASSES, (5,))) for _ in range(before + 1)]
     accumulator = accumulated(model, batches[:-1], labels=labels)
     state = accumulator.state_dict()
-    model.broken = True
-    with pytest.raises(KeyboardInterrupt):
+    model.broken = call
+    try:
         accumulator.add(batches[-1])
-    model.broken = False
-    for use in (accumulator.fisher, accumulator.state_dict, lambda: accumulator.add(batches[0])):
-        with pytest.raises(RuntimeError, match=f"adding batch {before} was interrupted"):
-            use()
-    with pytest.raises(RuntimeError, match="was interrupted"):
-        limpet.FisherAccumulator(model, labels=labels).merge(accumulator)
-    accumulator.load_state_dict(state)
-    accumulator.add(batches[-1])
+    except KeyboardInterrupt:
+        model.broken = 0
+        torn = accumulator._torn is not None
+        if torn:
+            for use in (accumulator.fisher, accumulator.state_dict, lambda: accumulator.add(batches[0])):
+                with pytest.raises(RuntimeError, match=f"adding batch {before} was interrupted"):
+                    use()
+            with pytest.raises(RuntimeError, match="was interrupted"):
+                limpet.FisherAccumulator(model, labels=labels).merge(accumulator)
+            accumulator.load_state_dict(state)
+        accumulator.add(batches[-1])
     assert_same(accumulator.fisher(), limpet.diagonal_fisher(model, batches, labels=labels), 1e-6)
+
+
+def test_an_interruption_between_two_sums_tears_the_batch() -> None:
+    model = Breaks(nn.Linear(4, 4))
+    batches = [(torch.randn(5, 4), torch.randint(CLASSES, (5,))) for _ in range(2)]
+    accumulator = accumulated(model, batches[:1])
+    model.broken = 1
+    with pytest.raises(KeyboardInterrupt):
+        accumulator.add(batches[1])
+    with pytest.raises(RuntimeError, match="adding batch 1 was interrupted"):
+        accumulator.fisher()
 
 
 def test_a_model_that_changes_its_buffer_later() -> None:

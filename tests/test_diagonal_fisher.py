@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import limpet
 from cases import CASES, CLASSES, MLP, RESNET18, Case, TimeMajor, mlp, with_statistics
+from limpet.fisher.row_check import RowCheck
 
 BOUND = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -469,8 +470,13 @@ def test_any_convolution(case: tuple[nn.Module, Tensor]) -> None:
     )
 
 
-def test_a_model_that_picks_no_rows_is_spared_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The check of models that pick rows by their values costs two passes: nothing of ours may set it off."""
-    monkeypatch.setattr("limpet.fisher.computation.misplaced", lambda *_: pytest.fail("an MLP picks no rows"))
+def test_rows_are_checked_once_for_each_set_of_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check costs a pass or two: nothing of ours may set it off in every batch."""
+    checked = []
+    monkeypatch.setattr(
+        "limpet.fisher.computation.RowCheck",
+        lambda losses, *rest: checked.append(len(losses)) or RowCheck(losses, *rest),
+    )
     for model in (mlp(4, 5, 3), with_statistics(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))):
-        limpet.diagonal_fisher(model, [(torch.randn(6, 4), torch.randint(3, (6,)))] * 2)
+        limpet.diagonal_fisher(model, [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (6, 6, 4, 6, 4, 1)])
+    assert checked == [6, 4, 6, 4]

@@ -204,35 +204,24 @@ EXACT = [
           batches(lambda n: ((torch.randn(n, WIDTH), torch.randn(n, 3, WIDTH)), classes(n))), None, None),
 ]  # fmt: skip
 
-WRONG = {  # in silence, and why
-    "a layout is trusted at shapes that it was not seen at": [
-        Entry("transposed when long", net(transposed_when_long, first=linear, second=linear),
-              lambda: [random(4, 3, WIDTH), random(5, 5, WIDTH)], None, None),
-        Entry("time-major when large", net(time_major_when_large, **LAYER), lambda: [random(6, 5, WIDTH)], None, None),
-    ],
-    "values decide, by functions that no list names": [
-        Entry("compacted", net(compacted, **LAYER), lambda: [first_kept(8)], None, None),
-        Entry("compacted, later", net(compacted, **LAYER), lambda: [first_kept(3), random(4, 3, WIDTH)], None, None),
-        Entry("dispatched", dispatcher, lambda: [first_kept(3), random(4, 3, WIDTH)], None, None),
-    ],
-    "a layout is trusted for rows of which the probe saw nothing": [
-        Entry("no images first", net(two_kinds, **LAYER), without_images_first, None, None),
-        Entry("as many classes as samples",
-              lambda: Net(class_table, first=linear(), table=torch.randn(3, WIDTH), second=linear()),
-              in_turn_then_repeated, to_its_row, None),
-    ],
-    "the first use's padding_idx is taken for all": [
-        Entry("padding in one use", lambda: Net(padded_once, table=torch.randn(VOCABULARY, WIDTH), head=head()),
-              batches(lambda n: (torch.randint(VOCABULARY, (n, LENGTH)), classes(n))), None, None),
-    ],
-}  # fmt: skip
-
-FAILING = {  # with an error that does not say why
-    "autograd.grad in forward runs into the recorder": [
-        Entry("forces", net(forces, **ENERGY), labelled(WIDTH), None, None),
-        Entry("one step down", net(one_step, **ENERGY), labelled(WIDTH), None, None),
-    ],
-    "the recorder's function is not made for torch.func": [
-        Entry("vmap", net(over_samples, **LAYER), labelled(WIDTH), None, None),
-    ],
-}
+EXACT += [
+    # a layout holds at the shapes that it was checked at
+    Entry("transposed when long", net(transposed_when_long, first=linear, second=linear),
+          lambda: [random(4, 3, WIDTH), random(5, 5, WIDTH)], None, None),
+    Entry("time-major when large", net(time_major_when_large, **LAYER), lambda: [random(6, 5, WIDTH)], None, None),
+    # values decide
+    Entry("compacted", net(compacted, **LAYER), lambda: [first_kept(8)], None, None),
+    Entry("compacted, later", net(compacted, **LAYER), lambda: [first_kept(3), random(4, 3, WIDTH)], None, None),
+    Entry("dispatched", dispatcher, lambda: [first_kept(3), random(4, 3, WIDTH)], None, None),
+    # rows of which the first batch says nothing
+    Entry("no images first", net(two_kinds, **LAYER), without_images_first, None, None),
+    Entry("as many classes as samples",
+          lambda: Net(class_table, first=linear(), table=torch.randn(3, WIDTH), second=linear()),
+          in_turn_then_repeated, to_its_row, None),
+    Entry("padding in one use", lambda: Net(padded_once, table=torch.randn(VOCABULARY, WIDTH), head=head()),
+          batches(lambda n: (torch.randint(VOCABULARY, (n, LENGTH)), classes(n))), None, None),
+    # gradients within forward, and torch.func
+    Entry("forces", net(forces, **ENERGY), labelled(WIDTH), None, None),
+    Entry("one step down", net(one_step, **ENERGY), labelled(WIDTH), None, None),
+    Entry("vmap", net(over_samples, **LAYER), labelled(WIDTH), None, None),
+]  # fmt: skip

@@ -51,7 +51,7 @@ class Batch:
             (chosen if new else others).append(n)
             if len(chosen) == count:
                 break
-        return torch.tensor((chosen + others)[:count])
+        return torch.tensor(sorted((chosen + others)[:count]))  # in order: some models take samples sorted by length
 
 
 # What is differentiated: K losses per sample, [N, K], from the model's outputs. The Fisher information sums the squares

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -14,16 +16,19 @@ from limpet.fisher.contributions import Contribution
 from limpet.fisher.layout import Layout
 from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
-from limpet.fisher.picks import misplaced
 from limpet.fisher.precision import LossScale, gradients, is_half, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.recorder import Key, Recorder, leaves
+from limpet.fisher.row_check import RowCheck
 from limpet.fisher.rules import Call
-from limpet.fisher.rules.base import Split
+from limpet.fisher.rules.base import Saved, Split
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
 
 _ROUNDS = 4  # of probing: each may find calls that compute parameters from parameters, whose uses the next one sees
+
+Kinds = dict[str, dict[Operand, list[type[Contribution]]]]  # by parameter and operand, each use's kind
+Behind = dict[int, frozenset[str]]  # by the place of a computed tensor, the parameters it was computed from
 
 
 class Computation:
@@ -34,6 +39,9 @@ class Computation:
         self._names = {id(p): name for name, p in params.items()}
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
+        self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
+        self._checked: set[tuple[tuple[Key, torch.Size], ...]] = set()  # the shapes of all calls of a checked batch
+        self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
         self._loss_scale = LossScale()
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # the parameters that go the per-sample way, from some batch on
@@ -41,7 +49,7 @@ class Computation:
 
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradients."""
-        with without_tf32():
+        with without_tf32(), _uncompiled():
             if is_half(self._params):
                 self._loss_scale.add(self.sums.running, partial(self._add, batch))
             else:
@@ -52,6 +60,7 @@ class Computation:
         losses = None
         if len(self.slow) < len(self._params):
             losses = self._add_fused(batch, sums, scale)
+        self._refuse_hooks(self.slow.keys())
         if self.slow:
             add_squares(self._model, batch, self._objective, self.slow, sums, losses, scale)
 
@@ -65,13 +74,25 @@ class Computation:
                 recorder, uses, losses = self._forward(batch, sums)
         if probe is not None:
             same_loss(probe.losses, losses.detach()[probe.samples.to(losses.device)], batch, probe.samples)
-        self._settle(recorder, losses, uses, batch.size)
-        if len(self.slow) < len(self._params):
-            columns = losses.unbind(dim=1)
-            for column in columns:
-                last = column is columns[-1]
-                gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
-                uses.finish(last)
+        kinds, behind = self._settle(recorder, losses, uses, batch.size)
+        check = self._check(recorder, losses, uses, scale) if self._is_checked(recorder, batch.size) else None
+        # In the first batch its own pass serves the check, as nothing is lost if that fails.
+        afterwards = check is not None and self.sums.batches == 0 and losses.shape[1] == 1
+        if check is not None and not afterwards:
+            check.run_plain()
+            self._heed(check, recorder, behind)
+        self._plan(recorder, uses, kinds, behind)
+        if len(self.slow) == len(self._params):
+            return losses.detach()
+        columns = losses.unbind(dim=1)
+        for column in columns:
+            last = column is columns[-1]
+            gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
+            uses.finish(last)
+        if afterwards and check is not None and self._heed(check, recorder, behind):
+            for total in sums.values():
+                total.zero_()
+            return self._add_fused(batch, sums, scale)
         return losses.detach()
 
     def _forward(self, batch: Batch, sums: Mapping[str, Tensor]) -> tuple[Recorder, Uses, Tensor]:  # losses [N, K]
@@ -91,6 +112,9 @@ class Computation:
         for _ in range(_ROUNDS):
             probe = Probe(self._model, batch, self._objective, self._names, self._declined)
             self._layouts.update(probe.layouts)
+            self._changing.update(probe.changing)
+            if probe.samples.numel() == batch.size:  # a dimension of that size may be another one
+                self._doubtful.update(key for key, places in probe.changing.items() if not places.any())
             if not probe.shared:
                 break
             self._declined |= probe.shared
@@ -106,48 +130,95 @@ class Computation:
                 return True
         return False
 
-    def _settle(self, recorder: Recorder, losses: Tensor, uses: Uses, samples: int) -> None:
-        """Choose each parameter's way before anything is summed.
+    def _settle(self, recorder: Recorder, losses: Tensor, uses: Uses, samples: int) -> tuple[Kinds, Behind]:
+        """Find each call's samples, and each parameter's uses.
 
         A parameter that an ordinary backward would still reach has a use that no rule saw: what the rules saw of it
-        is incomplete, and it goes the per-sample way with all its uses. So does one whose rows lie elsewhere than its
-        layout says, in a model that picks rows by their values.
+        is incomplete, and it goes the per-sample way with all its uses.
         """
-        names, operands = self._names, recorder.operands
+        operands = recorder.operands
         behind = {
-            place: frozenset(names[leaf] for leaf in leaves(operands.computed[place]) & names.keys())
+            operand.computed: self._leaves(operands.computed[operand.computed])
             for _, call, _ in recorder.calls
             for operand, _ in call.uses()
-            if (place := operand.computed) is not None
+            if operand.computed is not None
         }
-
-        def parameters(operand: Operand) -> frozenset[str]:
-            return frozenset((operand.name,)) if operand.computed is None else behind[operand.computed]
-
-        slow = {names[leaf] for leaf in leaves(losses) & names.keys()}
+        slow = set(self._leaves(losses))
         slow.update(name for place in behind if operands.changed(place) for name in behind[place])
-        kinds: dict[str, dict[Operand, list[type[Contribution]]]] = defaultdict(lambda: defaultdict(list))
+        kinds: Kinds = defaultdict(lambda: defaultdict(list))
         for key, call, lead in recorder.calls:
             split = self._split(key, call, lead, samples)
             if split is not None:
                 uses.splits[key] = split
             for operand, kind in call.uses():
-                for name in parameters(operand):
+                for name in _parameters(operand, behind):
                     kinds[name][operand].append(kind)
                     if split is None:
                         slow.add(name)
-        if samples > 1 and recorder.picked:
-            wrong = misplaced(losses, recorder, uses.splits)
-            for key, call, _ in recorder.calls:
-                if key in wrong:
-                    slow.update(name for operand, _ in call.uses() for name in parameters(operand))
         self.slow.update({name: self._params[name] for name in slow})
+        return kinds, behind
+
+    def _leaves(self, tensor: Tensor) -> frozenset[str]:
+        return frozenset(self._names[leaf] for leaf in leaves(tensor) & self._names.keys())
+
+    def _is_checked(self, recorder: Recorder, samples: int) -> bool:
+        """Whether the rows are to be checked in this batch.
+
+        They are where shapes are new, where values decide, and where a call was not seen to depend on its samples.
+        """
+        shapes = tuple((key, lead) for key, _, lead in recorder.calls)
+        known = shapes in self._checked
+        self._checked.add(shapes)
+        return samples > 1 and (
+            not known or recorder.picked or any(key in self._doubtful for key, _, _ in recorder.calls)
+        )
+
+    def _check(self, recorder: Recorder, losses: Tensor, uses: Uses, scale: float) -> RowCheck:
+        check = RowCheck(losses, recorder, uses.splits, scale)
+
+        def arrived(key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
+            check.note(key, call, dy)
+            uses.arrived(key, call, dy, saved)
+
+        if losses.shape[1] == 1:
+            recorder.on_backward = arrived
+        return check
+
+    def _heed(self, check: RowCheck, recorder: Recorder, behind: Behind) -> bool:
+        """Let parameters whose rows lie elsewhere go the per-sample way; whether there were any."""
+        wrong = check.wrong()
+        names = {
+            name
+            for key, call, _ in recorder.calls
+            if key in wrong
+            for operand, _ in call.uses()
+            for name in _parameters(operand, behind)
+        } - self.slow.keys()
+        self.slow.update({name: self._params[name] for name in names})
+        for key, layout in self._layouts.items():
+            if layout is None or layout.places == 1 or key not in check.checked:
+                continue
+            seen, changing = check.reached(key), self._changing[key].to(check.reached(key).device)
+            if not (seen | changing if seen.shape == changing.shape else seen).all():
+                self._doubtful.add(key)
+        return bool(names)
+
+    def _plan(self, recorder: Recorder, uses: Uses, kinds: Kinds, behind: Behind) -> None:
         for _, call, _ in recorder.calls:
-            call.drop(lambda operand: parameters(operand) <= self.slow.keys())
+            call.drop(lambda operand: _parameters(operand, behind) <= self.slow.keys())
         for name, found in kinds.items():
             if name not in self.slow:
                 uses.plan(name, found)
         self.materialised |= uses.materialised
+        self._refuse_hooks(self.slow.keys() | uses.materialised)
+
+    def _refuse_hooks(self, names: Set[str]) -> None:
+        """Gradient hooks do not run on the fused way, and would on the others."""
+        for name in names:
+            if self._params[name]._backward_hooks:
+                raise RuntimeError(
+                    f"parameter {name!r} has a gradient hook, which would act on its samples' gradients: remove it first"
+                )
 
     def _split(self, key: Key, call: Call, lead: torch.Size, samples: int) -> Split | None:
         """How to bring the samples of a call to the front, where that is certain."""
@@ -157,6 +228,20 @@ class Computation:
         if layout is None or not layout.fits(lead, samples) or not call.accepts(layout.places):
             return None
         return partial(layout.split, samples=samples)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Run compiled models as they were written: a compiler would trace the recorder, too."""
+    if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes a second
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def _parameters(operand: Operand, behind: Behind) -> frozenset[str]:
+    return frozenset((operand.name,)) if operand.computed is None else behind[operand.computed]
 
 
 def _only_sample(rows: Tensor) -> Tensor:  # [*] -> [1, *]

@@ -29,8 +29,9 @@ _TRACED = 1  # the sample whose gradient is followed
 class Probe:
     """The layouts of a batch's calls: None in :attr:`layouts` where none or several explain what was seen.
 
-    :attr:`shared` holds the calls of those that have none whose values do not depend on samples at all; calls that
-    cannot have a layout are added to ``declined`` at once.
+    :attr:`changing` says for each layout which places of a sample were seen to change with it. :attr:`shared` holds the
+    calls without a layout whose values do not depend on samples at all; calls that cannot have one are added to
+    ``declined`` at once.
     """
 
     def __init__(
@@ -43,7 +44,8 @@ class Probe:
         self._changed: dict[Key, Evidence] = defaultdict(list)
         self._reached: dict[Key, Evidence] = defaultdict(list)
 
-        self.samples = batch.distinct(_SAMPLES)
+        # Fewer than the batch holds, so that what grows with the number of samples is seen to.
+        self.samples = batch.distinct(max(2, min(_SAMPLES, batch.size - 1)))
         few = batch.take(self.samples)
         traced = Recorder(names, declined, self._note_gradient, self._remember, few.size)
         with traced:
@@ -66,6 +68,9 @@ class Probe:
             if layout is None and key in constant and not any(bool(rows.any()) for _, rows in self._changed[key])
         }
         self._before.clear()
+        self.changing: dict[Key, Tensor] = {
+            key: self._changing(key, layout) for key, layout in self.layouts.items() if layout is not None
+        }
         if any(mixed):
             self._refuse()
 
@@ -100,6 +105,14 @@ class Probe:
         others = torch.arange(losses.shape[0], device=losses.device) != sample
         bound = rounding(losses.dtype) * float(self.losses.abs().max())
         return bool(((losses - self.losses)[others].abs() > bound).any())
+
+    def _changing(self, key: Key, layout: Layout) -> Tensor:  # bool [T]
+        """Which places of a call were seen to change with their sample."""
+        places = torch.zeros(0, dtype=torch.bool)
+        for sample, rows in self._changed[key]:
+            own = layout.split(rows, self.samples.numel())[sample].flatten()
+            places = own if places.numel() == 0 else places | own
+        return places
 
     def _established(self, key: Key, evidence: Evidence) -> Layout | None:
         return established(self._lead[key], self.samples.numel(), evidence)

@@ -161,7 +161,7 @@ class BatchNorm(_Norm):
         d = channels(split(dy), dy.dim())
         if self.weight is not None:
             x = channels(split(saved[0]), dy.dim())
-            yield self.weight, Vector(d, x, 1, self._rstd(), self.mean)
+            yield self.weight, Vector(d, x, 1, self._rstd(), self.mean.to(wide(dy.dtype)))
         if self.bias is not None:
             yield self.bias, Vector(d, None, 1)
 
