@@ -217,7 +217,7 @@ class Computation:
         for name in names:
             if self._params[name]._backward_hooks:
                 raise RuntimeError(
-                    f"parameter {name!r} has a gradient hook, which would act on its samples' gradients: remove it first"
+                    f"parameter {name!r} has a gradient hook, which would act on each sample's gradient: remove it"
                 )
 
     def _split(self, key: Key, call: Call, lead: torch.Size, samples: int) -> Split | None:
