@@ -9,7 +9,6 @@ results) is taken away inside ``run``, as anyone would who calls it batch after 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
