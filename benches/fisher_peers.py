@@ -3,8 +3,9 @@
     python benches/fisher_peers.py --results DIR --docs docs
     python benches/fisher_peers.py --results DIR --docs docs --models gpt2   # this group again; the others stay
 
-Each model is measured in a process of its own, all methods in it in turns. `DIR/fisher-peers.json` keeps what was measured, group
-by group; the page and the picture in the docs are made from it. A package that is not installed, or fails, is in the table too.
+Each model is measured in a process of its own, all methods in it in turns. `DIR/fisher-peers.json` keeps what was
+measured, group by group; the page and the picture in the docs are made from it. A package that is not installed, or
+fails, is in the table too.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-BENCHES = Path(__file__).resolve().parent
-sys.path[:0] = [str(BENCHES), str(BENCHES.parent / "tests")]
-
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from limpet.scenarios.environment import environment
 from peers.measure import answer, exact, measure, quiet
 from peers.methods import methods
@@ -83,9 +82,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path("build/fisher-peers"), help="folder for fisher-peers.json")
     parser.add_argument("--docs", type=Path, help="folder for fisher-peers.md and fisher-peers.svg")
-    parser.add_argument(
-        "--models", nargs="*", choices=GROUPS, default=GROUPS, help="groups to measure; none: only write"
-    )
+    parser.add_argument("--models", nargs="*", choices=GROUPS, default=GROUPS, help="groups; none: write only")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of timing, for a model")
     parser.add_argument("--sweep-seconds", type=float, default=SWEEP_SECONDS, help="for a batch size of the picture")

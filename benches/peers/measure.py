@@ -81,6 +81,13 @@ def exact(problem: Problem) -> dict[str, torch.Tensor]:
     return {name: value * ready.scale for name, value in ready.run().items()}
 
 
+def best_factor(values: Values, want: Values) -> float:
+    """The factor with which values come closest to what they should be, by least squares over all parameters."""
+    pairs = [(values[name].double(), want[name]) for name in want if name in values]
+    squares = sum(float(got.square().sum()) for got, _ in pairs)
+    return sum(float((got * wanted).sum()) for got, wanted in pairs) / squares if squares else 1.0
+
+
 def error_of(values: Values, scale: float, want: Values) -> tuple[float | None, str | None, tuple[str, ...]]:
     """The largest relative error among the tensors given, that tensor's name, and the names of those not given."""
     missing = tuple(name for name in want if name not in values)
@@ -101,7 +108,8 @@ def answer(method: Method, problem: Problem, want: Values | None) -> tuple[Answe
     row.batches = ready.batches
     if want is not None:
         row.tensors = len(want)
-        row.error, row.worst, row.missing = error_of(values, ready.scale, want)
+        scale = best_factor(values, want) if ready.scale is None else ready.scale
+        row.error, row.worst, row.missing = error_of(values, scale, want)
     return row, ready
 
 

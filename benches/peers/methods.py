@@ -1,9 +1,9 @@
 """Ways to the diagonal of the empirical Fisher: limpet's, the plain ones, and other packages'.
 
-Each takes a problem and makes itself ready, outside the clock: ``run()`` then gives a tensor per parameter name, and ``scale``
-times that is the mean over samples of the squared per-sample gradient. So a package that gives a sum is divided by N after the
-clock has stopped, and none pays for a unit it does not use. What a package leaves on the model (per-sample gradients, hooks'
-results) is taken away inside ``run``, as anyone would who calls it batch after batch.
+Each takes a problem and makes itself ready, outside the clock: ``run()`` then gives a tensor per parameter name, and
+``scale`` times that is the mean over samples of the squared per-sample gradient. So a package that gives a sum is
+divided by N after the clock has stopped, and none pays for a unit it does not use. What a package leaves on the model
+(per-sample gradients, hooks' results) is taken away inside ``run``, as anyone would who calls it batch after batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Ready:
     """A method made ready for one problem."""
 
     run: Callable[[], Values]
-    scale: float = 1.0  # times the values: the mean of squares
+    scale: float | None = 1.0  # times the values: the mean of squares; None: the factor that fits best
     batches: int = 1  # how often run() goes over the problem's batch
 
 
@@ -156,7 +156,7 @@ def _opacus(problem: Problem, wrap: Callable[[nn.Module], Any], model: nn.Module
 
 
 def opacus_hooks(problem: Problem) -> Ready:
-    """Opacus' hooks. They work in training mode only; no model measured here has dropout, and it refuses batch normalisation."""
+    """Opacus' hooks, which work in training mode only: the same here, as it refuses BatchNorm and dropout is 0."""
     from opacus.grad_sample import GradSampleModule
 
     return _opacus(problem, lambda model: GradSampleModule(model, loss_reduction="sum"), problem.model().train())
@@ -200,8 +200,8 @@ def asdl(problem: Problem) -> Ready:
 def nngeometry(problem: Problem) -> Ready:
     """nngeometry's ``PMatDiag`` of the log-likelihood.
 
-    It divides by the loader's number of indices: one, because the loader reads the batch as a whole. Its own way with a pair of
-    tensors reads sample by sample, which would cost it a tenth of the MLP's time.
+    It divides by the loader's number of indices: one, because the loader reads the batch as a whole. Its own way with a
+    pair of tensors reads sample by sample, which would cost it a tenth of the MLP's time.
     """
     from nngeometry.backend import TorchHooksJacobianBackend
     from nngeometry.layercollection import LayerCollection
@@ -260,10 +260,10 @@ class _WholeBatches(TensorDataset):
 def avalanche(problem: Problem) -> Ready:
     """Avalanche's ``EWCPlugin.compute_importances``: the square of the batch's mean gradient.
 
-    As it is, it is smaller than the Fisher by about the batch size; a strength would be tuned to make up for that. So it is
-    given the factor N, with which it is the sum over samples of gradients, squared, over N: right in expectation where the
-    samples' gradients are independent with mean zero, as they are for labels drawn from the model. What error is left cannot
-    be tuned away by a strength.
+    Times N it is ``(sum_n g_n)^2 / N``, in the unit of ``sum_n g_n^2 / N``, and right in expectation where the gradients
+    are independent with mean zero, as they are for labels drawn from the model. For the data's labels they are not,
+    and users tune a strength to what they get. So it is given the best single factor (least squares over all
+    parameters): the error that is left is what no strength can make up for.
     """
     declare_torchvision_operators()
     from avalanche.training.plugins.ewc import EWCPlugin
@@ -281,7 +281,7 @@ def avalanche(problem: Problem) -> Ready:
         optimizer.zero_grad()
         return {name: value.data for name, value in found.items()}
 
-    return Ready(run, float(problem.size))
+    return Ready(run, None)
 
 
 def methods(batches: int, chunk: int) -> list[Method]:
@@ -300,5 +300,7 @@ def methods(batches: int, chunk: int) -> list[Method]:
         Method("Opacus, ExpandedWeights", opacus_expanded_weights, "opacus"),
         Method("ASDL", asdl, "asdfghjkl"),
         Method("nngeometry", nngeometry, "nngeometry"),
-        Method("Avalanche EWC", avalanche, "avalanche-lib", "square of the batch's mean gradient, times N"),
+        Method(
+            "Avalanche EWC", avalanche, "avalanche-lib", "square of the batch's mean gradient, times the best factor"
+        ),
     ]

@@ -29,7 +29,7 @@ def token_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:  # [N, T, C
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, one batch, and a loss per sample. ``model()`` makes a copy for each method, so that none spoils another's."""
+    """A model, one batch and a loss per sample. Each method gets a copy of the model, so that none spoils another's."""
 
     original: nn.Module
     inputs: Tensor  # [N, *]
@@ -84,8 +84,8 @@ def smooth_samples(
 ) -> tuple[Tensor, Tensor]:
     """A batch in which no ReLU's input lies so close to zero that rounding decides the gradient.
 
-    With one such place, the exact float32 ways differ from float64, and from each other, by up to a sample's whole share:
-    1e-2 was seen. That would be no method's fault, and would hide its errors.
+    With one such place, the exact float32 ways differ from float64, and from each other, by up to a sample's whole
+    share: 1e-2 was seen. That would be no method's fault, and would hide its errors.
     """
     double, kept, found = copy.deepcopy(model).double(), [], 0
     while found < size:
@@ -157,7 +157,7 @@ MEASURED = {
 }  # fmt: skip
 
 
-# --- hard cases: tiny, one difficulty each -----------------------------------------------------------------------------
+# --- hard cases: tiny, one difficulty each ---------------------------------------------------------------------------
 
 
 class TiedLanguageModel(nn.Module):

@@ -49,13 +49,15 @@ def model_table(group: Mapping[str, Any]) -> list[str]:
     lines = [
         f"## {group['title']}",
         "",
-        f"One ordinary forward and backward takes {base['milliseconds']:.1f} ms and allocates {base['peak'] / 1e6:.0f} MB at its "
-        f"peak; the parameters are {parameters / 1e6:.1f} MB. {base['rounds']} rounds, "
+        f"One ordinary forward and backward takes {base['milliseconds']:.1f} ms and allocates "
+        f"{base['peak'] / 1e6:.0f} MB at its peak; the parameters are {parameters / 1e6:.1f} MB. {base['rounds']} rounds, "
         f"{group['environment']['machine']['threads']} thread(s).",
         "",
-        _line(["method", "time over the ordinary pass", "quartiles", "ms", "peak MB beyond it", "over the parameters", "error"]),
+        _line(
+            ["method", "time over the ordinary pass", "quartiles", "ms", "peak MB beyond it", "/ parameters", "error"]
+        ),
         _line(["---", "---:", "---:", "---:", "---:", "---:", "---"]),
-    ]  # fmt: skip
+    ]
     for row in group["answers"]:
         name = f"**{row['method']}**" if row["package"] == "limpet" else row["method"]
         name += f" ({row['note']})" if row["note"] else ""
@@ -84,8 +86,8 @@ def hard_table(group: Mapping[str, Any]) -> list[str]:
     lines = [
         "## Hard cases",
         "",
-        "Tiny models, eight samples, one difficulty each. In training mode BatchNorm mixes samples, so that no sample has a "
-        "gradient of its own: any answer is wrong there, and refusing is right.",
+        "Tiny models, eight samples, one difficulty each. In training mode BatchNorm mixes samples, so that no sample "
+        "has a gradient of its own: any answer is wrong there, and refusing is right.",
         "",
         _line(["method", *cases]),
         _line(["---"] * (1 + len(cases))),
