@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip
 SOURCES := $(shell git ls-files 'csrc/*' 'python/*' 'triton_kernels/*' CMakeLists.txt pyproject.toml constraints.txt README.md)
 
-.PHONY: demo test test-slow bench lint format gpu-check wheel clean help
+.PHONY: demo test test-slow bench fisher-peers lint format gpu-check wheel clean help
 
 help:            ## what there is
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/'
@@ -31,6 +31,9 @@ test-slow: $(VENV)/.installed-test  ## the tests that take minutes or gigabytes
 
 bench: $(VENV)/.installed-bench  ## time kernels beside torch and peers; one table of ratios
 	$(BIN)/python -m pytest benches --benchmark-only -m "not slow"
+
+fisher-peers: $(VENV)/.installed-bench  ## diagonal_fisher beside every other way that is installed: docs/fisher-peers.md
+	$(BIN)/python benches/fisher_peers.py --results docs --docs docs $(if $(MODELS),--models $(MODELS))
 
 lint: $(VENV)/.installed-lint $(VENV)/.installed-cli  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

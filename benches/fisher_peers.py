@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from limpet.scenarios.environment import environment
-from peers.measure import answer, exact, measure, quiet
+from peers.measure import answer, exact, first_line, measure, quiet
 from peers.methods import methods
 from peers.problems import MEASURED, hard_cases
 from peers.report import replace, write_page
@@ -45,7 +45,11 @@ def run_group(group: str, seconds: float, sweep_seconds: float) -> dict[str, Any
             found["cases"][name] = {"exists": problem.exists, "answers": rows}
         return found
     measured = MEASURED[group]
-    problem, every = measured.problem(), methods(measured.batches, measured.chunk)
+    try:
+        problem = measured.problem()
+    except ImportError as error:  # the model's own package
+        return {"failure": first_line(error)}
+    every = methods(measured.batches, measured.chunk)
     found |= {"title": measured.title, "batch": measured.batch}
     found |= measure(problem, every, seconds, exact(problem))
     gave = {row["method"] for row in found["answers"] if row["failure"] is None}
@@ -92,8 +96,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def main() -> int:
-    arguments = parse()
+def main(given: list[str] | None = None) -> int:
+    arguments = parse(given)
     torch.set_num_threads(arguments.threads)
     if arguments.group:
         found = run_group(arguments.group, arguments.seconds, arguments.sweep_seconds)

@@ -18,6 +18,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler, TensorDataset
 
 import limpet
+from peers.operators import declare_torchvision_operators
 from peers.problems import Problem
 
 Values = Mapping[str, Tensor]
@@ -229,23 +230,6 @@ def nngeometry(problem: Problem) -> Ready:
     return Ready(run, 1 / problem.size)
 
 
-def declare_torchvision_operators() -> None:
-    """Let a torchvision that was built for another torch be imported by packages that never call its operators."""
-    try:
-        import torchvision  # noqa: F401
-    except ImportError:
-        return
-    except RuntimeError:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        pooled = ("roi_align", "roi_pool", "ps_roi_align", "ps_roi_pool", "deform_conv2d")
-        for name in ("nms", "qnms", *pooled, *(f"_{kind}_backward" for kind in pooled)):
-            library.define(f"{name}(Tensor x) -> Tensor")
-        _KEPT.append(library)
-
-
-_KEPT: list[torch.library.Library] = []  # a library's definitions end with it
-
-
 class _WholeBatches(TensorDataset):
     """Hands the loader a batch as it lies, with the task labels that Avalanche wants."""
 
@@ -260,9 +244,9 @@ class _WholeBatches(TensorDataset):
 def avalanche(problem: Problem) -> Ready:
     """Avalanche's ``EWCPlugin.compute_importances``: the square of the batch's mean gradient.
 
-    Times N it is ``(sum_n g_n)^2 / N``, in the unit of ``sum_n g_n^2 / N``, and right in expectation where the gradients
-    are independent with mean zero, as they are for labels drawn from the model. For the data's labels they are not,
-    and users tune a strength to what they get. So it is given the best single factor (least squares over all
+    Times N it is ``(sum_n g_n)^2 / N``, in the unit of ``sum_n g_n^2 / N``, and right in expectation where the
+    gradients are independent with mean zero, as they are for labels drawn from the model. For the data's labels they
+    are not, and users tune a strength to what they get. So it is given the best single factor (least squares over all
     parameters): the error that is left is what no strength can make up for.
     """
     declare_torchvision_operators()

@@ -79,11 +79,12 @@ def _panel(axes: Axes, lines: Mapping[str, tuple[list[int], list[float]]], wrong
     axes.spines[["top", "right"]].set_visible(False)
     to_axes = axes.transScale + axes.transLimits
     heights = [float(to_axes.transform((1, end))[1]) for _, _, end in ends]
+    leader = {"arrowstyle": "-", "linewidth": 0.9, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
     for (label, color, _), at, height in zip(ends, apart(heights, 0.062, -0.02, 1.0), heights, strict=True):
         axes.annotate(
             label, (0.955, height), (1.06, at), xycoords="axes fraction", textcoords="axes fraction", va="center",
             fontsize=8.5, color="#000000", fontweight="bold" if label == "limpet" else "normal",
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.9, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)},
+            arrowprops={**leader, "color": color},
         )  # fmt: skip
 
 

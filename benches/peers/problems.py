@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from cases import MLP, RESNET18, Mean
+from peers.operators import declare_torchvision_operators
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # outputs, targets -> [N]
 
@@ -119,6 +120,7 @@ class GPT2(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        declare_torchvision_operators()
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(use_cache=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)

@@ -50,8 +50,8 @@ def model_table(group: Mapping[str, Any]) -> list[str]:
         f"## {group['title']}",
         "",
         f"One ordinary forward and backward takes {base['milliseconds']:.1f} ms and allocates "
-        f"{base['peak'] / 1e6:.0f} MB at its peak; the parameters are {parameters / 1e6:.1f} MB. {base['rounds']} rounds, "
-        f"{group['environment']['machine']['threads']} thread(s).",
+        f"{base['peak'] / 1e6:.0f} MB at its peak; the parameters are {parameters / 1e6:.1f} MB. "
+        f"{base['rounds']} rounds, {group['environment']['machine']['threads']} thread(s).",
         "",
         _line(
             ["method", "time over the ordinary pass", "quartiles", "ms", "peak MB beyond it", "/ parameters", "error"]
