@@ -26,13 +26,16 @@ LINEAR = [
     (3, 2, 0, 5),
 ]
 
-# The shapes of the targets.
+# Convolutions of a ResNet-18 as patches, layers of a transformer, of an MLP, of GPT-2.
 LINEAR_TIMED = [
     (32, 16, 512, 4608),
     (32, 64, 256, 2304),
     (32, 1024, 64, 576),
     (64, 64, 256, 256),
     (128, 1, 1024, 1024),
+    (128, 1, 1024, 784),
+    (16, 64, 1024, 256),
+    (4, 128, 3072, 768),
 ]
 
 

@@ -44,6 +44,10 @@ def test_linear_strided(dtype):
     want = reference.sum_grad_squared_linear(d.double(), a.double())
     assert_close(ops.sum_grad_squared_linear(d, a), want)
     assert_close(ops.sum_grad_squared_linear(d.reshape(4, 3, 3, 13), a.reshape(4, 3, 3, 70)), want)
+    places_last = torch.randn(4, 70, 40).to(dtype).mT, torch.randn(4, 83, 40).to(dtype).mT
+    assert_close(
+        ops.sum_grad_squared_linear(*places_last), reference.sum_grad_squared_linear(*(t.double() for t in places_last))
+    )
     one = torch.randn(13, 9).to(dtype).t()  # T = 1, [N, O] with strides (1, 9)
     assert_close(
         ops.sum_grad_squared_linear(one, a[:1, :, :].expand(1, 9, 70)[0]),

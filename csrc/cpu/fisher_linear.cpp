@@ -48,7 +48,8 @@ struct Layout {
 };
 
 // `count` neighbouring values per place into [places, width] of `to`. Where `readable` values lie behind `from`, whole
-// vectors are stored, beyond `width` too: the next place, and what is packed next behind `to`, overwrites them.
+// vectors are stored, beyond `width` too: the next place, and what is packed next behind `to`, overwrites them. Between
+// `count` and `width` anything may lie: those products are not kept.
 template <class Stored, class S>
 void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std::int64_t places, std::int64_t count,
           std::int64_t readable, std::int64_t width, bool square, S* to) {
@@ -58,6 +59,20 @@ void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std:
       for (std::int64_t v = 0; v < vectors; ++v) {
         const Vector<S> x = load(from + v * lanes<S>);
         store<S>(square ? x * x : x, to + v * lanes<S>);
+      }
+    return;
+  }
+  if (place_stride == 1 && step != 1 && width % lanes<S> == 0 && places >= lanes<S>) {  // neighbouring places
+    for (std::int64_t v = 0; v < width; v += lanes<S>)
+      for (std::int64_t block = 0; block < places; block += lanes<S>) {
+        const std::int64_t t = min_of(block, places - lanes<S>);  // the last block may overlap the one before it
+        Vector<S> values[lanes<S>];
+        for (int i = 0; i < lanes<S>; ++i) {
+          values[i] = load(from + min_of(v + i, count - 1) * step + t);
+          if (square) values[i] *= values[i];
+        }
+        transpose<S>(values);
+        for (int i = 0; i < lanes<S>; ++i) store<S>(values[i], to + (t + i) * width + v);
       }
     return;
   }

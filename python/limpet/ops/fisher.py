@@ -206,6 +206,12 @@ def _total(into: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
     return into
 
 
+def _one_place_dim(value: Tensor) -> Tensor:  # [N, *, C] -> [N, T, C]
+    if value.dim() == 3:  # a view would cost a tiny layer a microsecond
+        return value
+    return value.reshape(value.shape[0], _product(value.shape[1:-1]), value.shape[-1])
+
+
 def _channels_last_or_first(name: str, value: Tensor, channel_dim: int) -> Tensor:  # -> [N, A, C, B]
     if value.dim() < 2:
         raise ValueError(f"{name} must have at least 2 dimensions, got {_checks.describe(value)}")
@@ -281,8 +287,7 @@ def sum_grad_squared_linear(
             f"got {list(d.shape)} and {list(a.shape)}"
         )
     total = _total(into, (d.shape[-1], a.shape[-1]), d)
-    places = _product(d.shape[1:-1])
-    _linear(total, d.reshape(d.shape[0], places, d.shape[-1]), a.reshape(a.shape[0], places, a.shape[-1]))
+    _linear(total, _one_place_dim(d), _one_place_dim(a))
     return total
 
 
@@ -467,6 +472,6 @@ def sum_grad_squared_embedding(
     if row >= num_embeddings:
         raise ValueError(f"padding_idx must be below num_embeddings {num_embeddings}, got {padding_idx}")
     total = _total(into, (num_embeddings, d.shape[-1]), d)
-    places = _product(d.shape[1:-1])
-    _embedding(total, d.reshape(d.shape[0], places, d.shape[-1]), indices.reshape(d.shape[0], places).long(), row)
+    d = _one_place_dim(d)
+    _embedding(total, d, indices.reshape(d.shape[:2]).long(), row)
     return total
