@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from typing import Any
 
@@ -42,9 +43,10 @@ else:
     from hypothesis import strategies as st
     from torch import Tensor
     from triton.runtime import interpreter
+    from triton.runtime.autotuner import Autotuner
 
     from limpet import reference
-    from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
+    from limpet.triton_kernels import _tuning, fisher, fisher_channel, fisher_conv, fisher_embedding
     from tolerances import assert_close
 
     # The interpreter keeps bfloat16 as 16-bit integers, which its dot multiplies as integers. Widening loses nothing.
@@ -164,6 +166,35 @@ else:
             a = values(n, t, i, dtype=torch.float32, seed=1, strided=False)
             want = reference.sum_grad_squared_linear(d.double(), a.double())
             check(fisher.sum_grad_squared_linear_, (o, i), want, d, a)
+
+    def test_the_fastest_tile_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+        """With a stopwatch that likes each trial better than the one before: the last tile is chosen."""
+        trials: list[float] = []
+
+        def stopwatch(call: Callable[[], None], quantiles: object) -> list[float]:
+            call()
+            trials.append(-float(len(trials)))
+            return trials[-1:] * 3
+
+        monkeypatch.setattr(Autotuner, "do_bench", staticmethod(stopwatch))
+        monkeypatch.setattr(_tuning, "WORTH_TUNING", 1)
+        monkeypatch.setattr(_tuning, "_fastest", {})
+        for n, t in ((2, 20), (40, 2)):  # one share, which adds to the total, and several
+            d = values(n, t, 128, dtype=torch.float32, seed=0, strided=False)
+            a = values(n, t, 64, dtype=torch.float32, seed=1, strided=False)
+            with monkeypatch.context() as patch:
+                patch.setattr(_tuning, "can_measure", lambda device: False)
+                unmeasured = torch.ones(128, 64)
+                fisher.sum_grad_squared_linear_(unmeasured, d, a)
+            for measured in (True, False):
+                trials.clear()
+                with monkeypatch.context() as patch:
+                    patch.setattr(_tuning, "can_measure", lambda device: True)
+                    total = torch.ones(128, 64)
+                    fisher.sum_grad_squared_linear_(total, d, a)
+                assert len(trials) == (3 if measured else 0)
+                assert_close(total, unmeasured.double())
+        assert {tile.rows * tile.columns for tile in _tuning._fastest.values()} == {128 * 128}
 
     def test_the_same_inputs_give_the_same_bits() -> None:
         d = values(40, 5, 20, dtype=torch.float32, seed=0, strided=False)

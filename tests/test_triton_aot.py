@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from limpet.triton_kernels import fisher, fisher_channel, fisher_conv, fisher_embedding
+from limpet.triton_kernels import _tiles, fisher, fisher_channel, fisher_conv, fisher_embedding
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -82,6 +82,13 @@ def embedding(dtype: torch.dtype) -> None:
 LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, scale_centred, embedding)
 
 
+def arithmetic(gpu: GPUTarget, dtype: torch.dtype) -> _tiles.Arithmetic:
+    """What the launchers would choose on the device."""
+    if dtype != torch.float32:
+        return _tiles.MATRIX_UNITS
+    return _tiles.SPLIT_TF32 if gpu.backend == "cuda" else _tiles.VECTOR_UNITS
+
+
 @pytest.fixture
 def compiled(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -97,7 +104,7 @@ def compiled(
         for index, (name, value) in enumerate(bound.items()):  # as the just-in-time compiler specialises
             if isinstance(value, Tensor):
                 signature[name] = POINTERS[value.dtype]
-            elif isinstance(value, bool) or name.startswith("BLOCK") or value == 1:
+            elif isinstance(value, (bool, str)) or name.startswith("BLOCK") or value == 1:
                 signature[name], constants[(index,)] = "constexpr", value
             else:
                 signature[name] = "i32"
@@ -108,7 +115,10 @@ def compiled(
 
     monkeypatch.setattr(JITFunction, "run", run)
 
-    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype) -> Any:
+    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> Any:
+        for module in (fisher, fisher_conv):
+            monkeypatch.setattr(module, "arithmetic", lambda dtype, _: arithmetic(request.param, dtype))
+            monkeypatch.setattr(module, "tiles", lambda *args: _tiles.tiles(*args)[choice:])
         launcher(dtype)
         (kernel,) = kernels
         return kernel
@@ -126,19 +136,29 @@ def spilled_bytes(kernel: Any) -> int:
     return int(re.search(r"STACK:(\d+)", usage.stdout)[1])
 
 
-# Every launch for one GPU of each maker, the matrix kernels for the others too.
+def choices(gpu: GPUTarget, launcher: Callable[[torch.dtype], None], dtype: torch.dtype) -> range:
+    """The tiles that would be measured."""
+    if launcher not in (linear, conv):
+        return range(1)
+    return range(len(_tiles.tiles(arithmetic(gpu, dtype), 512, 512)))
+
+
+# Every launch for one GPU of each maker, the matrix kernels for the others too; these with every tile that is measured.
 CASES = [
-    pytest.param(gpu, launcher, dtype, id=f"{name}-{launcher.__name__}-{str(dtype).removeprefix('torch.')}")
+    pytest.param(gpu, launcher, dtype, choice, id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}")
     for name, gpu in TARGETS.items()
     for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv))
     for dtype in (torch.float32, torch.bfloat16)
+    for choice in choices(gpu, launcher, dtype)
 ]
 
 
-@pytest.mark.parametrize(("compiled", "launcher", "dtype"), CASES, indirect=["compiled"])
+@pytest.mark.parametrize(("compiled", "launcher", "dtype", "choice"), CASES, indirect=["compiled"])
 def test_compiles_with_its_tiles_in_registers(
-    compiled: Callable[..., Any], launcher: Callable[[torch.dtype], None], dtype: torch.dtype
+    compiled: Callable[..., Any], launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int
 ) -> None:
-    kernel = compiled(launcher, dtype)
-    assert kernel.asm.get("ptx") or kernel.asm.get("amdgcn")
+    kernel = compiled(launcher, dtype, choice)
     assert spilled_bytes(kernel) <= 64  # a few addresses at most; a spilled tile would be kilobytes
+    if launcher in (linear, linear_single, conv) and "ptx" in kernel.asm:  # on matrix units, float32 as well
+        operands = r"bf16|kind::f16" if dtype == torch.bfloat16 and launcher is not linear_single else "tf32"
+        assert re.search(rf"mma\.\S*({operands})\b", kernel.asm["ptx"])

@@ -1,7 +1,7 @@
-"""How the kernels cut their work: tiles, programs that share the samples, and how their sums come together.
+"""How the kernels multiply and cut their work: arithmetic, tiles, programs that share the samples, and their sums.
 
-A table instead of autotuning: the choice follows from shapes and dtypes alone, so the same inputs are summed
-in the same order in every process and on every run, and the result is the same bit for bit.
+What decides in which order an element is summed (the places read at a time, the shares of the samples) follows from
+shapes, dtypes and the kind of device alone; :mod:`._tuning` measures only tiles that leave it as it is.
 """
 
 from __future__ import annotations
@@ -17,10 +17,36 @@ from torch import Tensor
 # Multiprocessors of a large GPU; a constant, so that how the work is split does not depend on the device at hand.
 PROCESSORS = 132
 
-MATRIX_DTYPES = (torch.bfloat16, torch.float16)
-
 # A product and a sum are one instruction, whatever the default of the Triton at hand.
 OPTIONS = {"enable_fp_fusion": True}
+
+
+class Arithmetic(NamedTuple):
+    """How a kernel multiplies."""
+
+    input_precision: str  # tl.dot's
+    places: int  # read at a time
+    merge: int  # places whose products take as long as a partial sum, by the rates of datasheets: see merge_cost
+
+
+VECTOR_UNITS = Arithmetic("ieee", 16, 64)
+# float32 on matrix units: each factor is the sum of two tf32 values, of whose products three are taken. The error is
+# float32's (the fourth product is below its last bit), the rate a third of tf32's and above that of the vector units.
+SPLIT_TF32 = Arithmetic("tf32x3", 32, 160)
+MATRIX_UNITS = Arithmetic("ieee", 32, 512)
+
+
+def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
+    """How inputs of ``dtype`` are multiplied on ``device``."""
+    if dtype != torch.float32:
+        return MATRIX_UNITS
+    return SPLIT_TF32 if _has_tf32(device) else VECTOR_UNITS
+
+
+@functools.cache
+def _has_tf32(device: torch.device) -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 8 or more (the CUDA device may be AMD's, too)."""
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 class Tile(NamedTuple):
@@ -32,23 +58,32 @@ class Tile(NamedTuple):
     num_warps: int
 
     @property
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, int]:
         """Launch options: three blocks of places in flight."""
-        return {"num_warps": self.num_warps, "num_stages": 3, **OPTIONS}
+        blocks = {"BLOCK_O": self.rows, "BLOCK_I": self.columns, "BLOCK_T": self.places}
+        return {**blocks, "num_warps": self.num_warps, "num_stages": 3}
+
+    def count(self, rows: int, columns: int) -> int:
+        """Tiles of a ``[rows, columns]`` weight."""
+        return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
 
 
-def tile(dtype: torch.dtype, rows: int, columns: int) -> Tile:
-    """The tile for a ``[rows, columns]`` weight and inputs of ``dtype``.
+def tiles(units: Arithmetic, rows: int, columns: int) -> tuple[Tile, ...]:
+    """The tiles for a ``[rows, columns]`` weight, the one to use unmeasured first.
 
     A program holds two float32 tiles in registers, the sample's gradient and the running sum of squares: at
-    128 x 64 over 8 warps that leaves the operands room, and two programs share a multiprocessor. Matrix units
-    (16-bit inputs) take twice the places at a time. Weights smaller than the tile get the next power of two.
+    128 x 64 over 8 warps that leaves the operands room, and two programs share a multiprocessor. Weights smaller than
+    the tile get the next power of two. Two more come into question for large weights: smaller ones, of which
+    more are in flight, and ones twice as large, which read one operand half as often but leave tf32's parts no room.
     """
-    places = 32 if dtype in MATRIX_DTYPES else 16
     block_rows = min(128, max(16, triton.next_power_of_2(rows)))
     block_columns = min(64, max(16, triton.next_power_of_2(columns)))
     area = block_rows * block_columns
-    return Tile(block_rows, block_columns, places, 8 if area > 4096 else 4 if area > 1024 else 2)
+    first = Tile(block_rows, block_columns, units.places, 8 if area > 4096 else 4 if area > 1024 else 2)
+    if area < 128 * 64:
+        return (first,)
+    smaller, larger = Tile(64, 64, units.places, 4), Tile(128, 128, units.places, 8)
+    return (first, smaller) if units == SPLIT_TF32 else (first, smaller, larger)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,12 +104,9 @@ def share(samples: int, programs: int, merge: float) -> tuple[int, int]:
     return each, triton.cdiv(samples, each)
 
 
-def merge_cost(dtype: torch.dtype, places: int) -> float:
-    """What a partial tile costs ``share``, in products over ``places``: 12 bytes an element, against 2 operations each.
-
-    About 64 places take as long on vector units, 512 on matrix units (from the rates of datasheets, not tuned).
-    """
-    return (512 if dtype in MATRIX_DTYPES else 64) / places
+def merge_cost(units: Arithmetic, places: int) -> float:
+    """What a partial tile costs ``share``, in products over ``places``: 12 bytes an element, 2 operations a product."""
+    return units.merge / places
 
 
 def partial_sums(total: Tensor, shares: int) -> Tensor:  # [*] -> [*] or [shares, *]

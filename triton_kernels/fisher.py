@@ -1,8 +1,8 @@
 """Fisher family in Triton: the sum over samples of squared per-sample gradients of a linear weight.
 
 Launchers have the signatures of the ops in :mod:`limpet.ops.fisher` and add to ``total``, float32 and
-contiguous, in place. Inputs are float32, bfloat16 or float16 with any strides. Products are float32 products
-(``ieee``: nothing is rounded to tf32) and sums are float32. Where programs share the samples, each writes a
+contiguous, in place. Inputs are float32, bfloat16 or float16 with any strides. Products have float32's precision
+(:func:`._tiles.arithmetic` says how) and sums are float32. Where programs share the samples, each writes a
 partial sum and these are added in order, without atomics: the same inputs give the same bits.
 """
 
@@ -13,7 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import add_partial_sums_, merge_cost, partial_sums, share, store_tile, tile
+from limpet.triton_kernels._tiles import (
+    add_partial_sums_,
+    arithmetic,
+    merge_cost,
+    partial_sums,
+    share,
+    store_tile,
+    tiles,
+)
+from limpet.triton_kernels._tuning import launch
 
 
 @triton.jit
@@ -32,6 +41,7 @@ def linear_kernel(
     a_stride_t,
     a_stride_i,
     samples_each,
+    PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -66,7 +76,7 @@ def linear_kernel(
         d_at, a_at = n * d_stride_n + at * d_stride_t, n * a_stride_n + at * a_stride_t
         d = tl.load(d_tile + d_at, mask=o_in & t_in[None, :], other=0.0)  # [BLOCK_O, BLOCK_T]
         a = tl.load(a_tile + a_at, mask=t_in[:, None] & i_in, other=0.0)  # [BLOCK_T, BLOCK_I]
-        grad = tl.dot(d, a, grad, input_precision="ieee")
+        grad = tl.dot(d, a, grad, input_precision=PRECISION)
         if start + BLOCK_T >= T:
             squares += grad * grad
             grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -88,9 +98,10 @@ def linear_single_kernel(
     a_stride_n,
     a_stride_i,
     samples_each,
+    PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """``partial[s] = sum_{n in share s} (d[n,:]^2)^T (a[n,:]^2)``: one place a sample.
@@ -107,13 +118,13 @@ def linear_single_kernel(
     o_in, i_in = (o < rows)[:, None], (i < columns)[None, :]
 
     squares = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    for start in range(first, last, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
+    for start in range(first, last, BLOCK_T):
+        n = start + tl.arange(0, BLOCK_T)
         n_in = n < last
         n = n.to(tl.int64)
         d = tl.load(d_tile + n[None, :] * d_stride_n, mask=o_in & n_in[None, :], other=0.0).to(tl.float32)
         a = tl.load(a_tile + n[:, None] * a_stride_n, mask=n_in[:, None] & i_in, other=0.0).to(tl.float32)
-        squares = tl.dot(d * d, a * a, squares, input_precision="ieee")
+        squares = tl.dot(d * d, a * a, squares, input_precision=PRECISION)
 
     share_ptr = partial_ptr + tl.program_id(1).to(tl.int64) * rows * columns
     store_tile(share_ptr, squares, o, i, rows, columns, ADD)
@@ -130,22 +141,25 @@ def sum_grad_squared_linear_(
     if output_grad.numel() == 0 or input.numel() == 0:
         return
     single = T == 1
-    dtype = torch.float32 if single else output_grad.dtype  # squares of 16-bit inputs need more than 16 bits
-    blocks = tile(dtype, rows, columns)
-    tiles = triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns)
-    each, shares = share(N, tiles, merge_cost(dtype, T))
+    # Squares of 16-bit inputs need more than 16 bits.
+    units = arithmetic(torch.float32 if single else output_grad.dtype, total.device)
+    blocks = tiles(units, rows, columns)
+    each, shares = share(N, blocks[0].count(rows, columns), merge_cost(units, T))
     partial = partial_sums(total, shares)
     if single:
         d, a = output_grad[:, 0], input[:, 0]
-        linear_single_kernel[(tiles, shares)](
-            d, a, partial, N, rows, columns, *d.stride(), *a.stride(), each,
-            BLOCK_O=blocks.rows, BLOCK_I=blocks.columns, BLOCK_N=blocks.places, ADD=shares == 1,
-            **blocks.options,
-        )  # fmt: skip
+        kernel, sizes = linear_single_kernel, (N, rows, columns)
     else:
-        linear_kernel[(tiles, shares)](
-            output_grad, input, partial, N, T, rows, columns, *output_grad.stride(), *input.stride(), each,
-            BLOCK_O=blocks.rows, BLOCK_I=blocks.columns, BLOCK_T=blocks.places, ADD=shares == 1,
-            **blocks.options,
-        )  # fmt: skip
+        d, a = output_grad, input
+        kernel, sizes = linear_kernel, (N, T, rows, columns)
+    launch(
+        kernel,
+        blocks,
+        (d, a, partial, *sizes, *d.stride(), *a.stride(), each),
+        {"PRECISION": units.input_precision, "ADD": shares == 1},
+        weight=(1, rows, columns),
+        shares=shares,
+        places=T,
+        samples=N,
+    )
     add_partial_sums_(total, partial)

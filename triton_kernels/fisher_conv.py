@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import add_partial_sums_, merge_cost, partial_sums, share, store_tile, tile
+from limpet.triton_kernels._tiles import (
+    add_partial_sums_,
+    arithmetic,
+    merge_cost,
+    partial_sums,
+    share,
+    store_tile,
+    tiles,
+)
+from limpet.triton_kernels._tuning import launch
 
 
 @triton.jit
@@ -48,6 +57,7 @@ def conv_kernel(
     x_stride_1,
     x_stride_2,
     samples_each,
+    PRECISION: tl.constexpr,
     PADDED: tl.constexpr,  # some of pad0, pad1, pad2 is not 0
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -102,7 +112,7 @@ def conv_kernel(
         d = tl.load(d_row[:, None] + d_at[None, :], mask=d_in, other=0.0)  # [BLOCK_O, BLOCK_T]
         # Read with places innermost: neighbouring threads then read neighbouring pixels.
         x = tl.load(x_column[:, None] + x_at[None, :], mask=inside, other=0.0)  # [BLOCK_I, BLOCK_T]
-        grad = tl.dot(d, x.trans(), grad, input_precision="ieee")
+        grad = tl.dot(d, x.trans(), grad, input_precision=PRECISION)
         if start + BLOCK_T >= T:
             squares += grad * grad
             grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -133,14 +143,21 @@ def sum_grad_squared_conv_(
     kernel, steps, dilations = ([1] * missing + list(v) for v in (kernel_size, stride, dilation))
     pads = [0] * missing + list(padding)
     rows, columns = d.shape[1] // groups, total[0].numel()
-    blocks = tile(d.dtype, rows, columns)
-    tiles = triton.cdiv(rows, blocks.rows) * triton.cdiv(columns, blocks.columns) * groups
-    each, shares = share(d.shape[0], tiles, merge_cost(d.dtype, d.shape[2]))
+    units = arithmetic(d.dtype, total.device)
+    blocks = tiles(units, rows, columns)
+    each, shares = share(d.shape[0], blocks[0].count(rows, columns) * groups, merge_cost(units, d.shape[2]))
     partial = partial_sums(total, shares)
-    conv_kernel[(tiles, shares)](
-        d, x, partial, d.shape[0], rows, columns, x.shape[1] // groups, groups, *places, *x.shape[2:],
-        *kernel, *steps, *pads, *dilations, *d.stride(), *x.stride(), each,
-        PADDED=any(pads), BLOCK_O=blocks.rows, BLOCK_I=blocks.columns, BLOCK_T=blocks.places, ADD=shares == 1,
-        **blocks.options,
+    launch(
+        conv_kernel,
+        blocks,
+        (
+            d, x, partial, d.shape[0], rows, columns, x.shape[1] // groups, groups, *places, *x.shape[2:],
+            *kernel, *steps, *pads, *dilations, *d.stride(), *x.stride(), each,
+        ),
+        {"PRECISION": units.input_precision, "PADDED": any(pads), "ADD": shares == 1},
+        weight=(groups, rows, columns),
+        shares=shares,
+        places=d.shape[2],
+        samples=d.shape[0],
     )  # fmt: skip
     add_partial_sums_(total, partial)

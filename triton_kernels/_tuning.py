@@ -1,0 +1,82 @@
+"""Launching a kernel with its fastest tile: measured once per shape where the work is worth it, and remembered.
+
+All tiles sum in the same order, so that what was measured, and whether anything was, does not show in the result.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from limpet.triton_kernels._tiles import OPTIONS, Tile
+
+# Products in a launch from which on measuring pays: below, a launch takes some ten microseconds with any tile.
+WORTH_TUNING = 2**30
+
+# Names of a kernel's arguments that make up a shape; how many samples there are does not matter.
+KEYS = ("rows", "columns", "T", "Y0", "Y1", "Y2")
+
+_fastest: dict[tuple[Any, ...], Tile] = {}
+
+
+def launch(
+    kernel: Any,
+    tiles: tuple[Tile, ...],
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    *,
+    weight: tuple[int, int, int],
+    shares: int,
+    places: int,
+    samples: int,
+) -> None:
+    """Run ``kernel`` on a grid of tiles by shares of the samples.
+
+    Args:
+        kernel: takes ``arguments``, ``constants`` and the tile's BLOCK_O, BLOCK_I and BLOCK_T.
+        tiles: the first is used where nothing was measured.
+        arguments: the kernel's, by position; the first is a tensor.
+        constants: the kernel's, by name.
+        weight: groups, and the rows and columns of one of them.
+        shares: programs that share a tile's samples.
+        places: of a sample.
+        samples: of all shares.
+    """
+    groups, rows, columns = weight
+    device = arguments[0].device
+
+    def grid(options: Mapping[str, Any]) -> tuple[int, int]:
+        return groups * triton.cdiv(rows, options["BLOCK_O"]) * triton.cdiv(columns, options["BLOCK_I"]), shares
+
+    key = (kernel, device, arguments[0].dtype, *weight, places, shares == 1, *constants.values())
+    work = math.prod(weight) * places * samples
+    if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
+        tuner = _tuner(kernel, tiles)
+        tuner[grid](*arguments, **constants, **OPTIONS)
+        best = tuner.best_config.kwargs
+        _fastest[key] = next(t for t in tiles if best == {k: t.options[k] for k in best})
+        return
+    kernel[grid](*arguments, **constants, **_fastest.get(key, tiles[0]).options, **OPTIONS)
+
+
+def can_measure(device: torch.device) -> bool:
+    """Whether there is a device to wait for: not in the interpreter, and not while a CUDA graph is captured."""
+    return device.type != "cpu" and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
+@functools.cache
+def _tuner(kernel: Any, tiles: tuple[Tile, ...]) -> Any:
+    """Triton's tuner, which keeps what it found on disk."""
+    configs = []
+    for tile in tiles:
+        options = tile.options
+        launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+        configs.append(triton.Config(options, **launched))
+    keys = [name for name in KEYS if name in kernel.arg_names]
+    # A single share adds to the total: each trial starts from what was there.
+    return triton.autotune(configs, key=keys, restore_value=["partial_ptr"], cache_results=True)(kernel)
