@@ -37,7 +37,7 @@ class Batched:
         """Add one batch's squared gradient."""
         with without_tf32():
             if is_half(self._params):
-                self._loss_scale.add(self.sums.running, partial(self._add, batch))
+                self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
             else:
                 self._add(batch, self.sums.running, 1.0)
         self.sums.end_batch()

@@ -51,7 +51,7 @@ class Computation:
         """Add one batch's squared gradients."""
         with without_tf32(), _uncompiled():
             if is_half(self._params):
-                self._loss_scale.add(self.sums.running, partial(self._add, batch))
+                self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
             else:
                 self._add(batch, self.sums.running, 1.0)
         self.sums.end_batch()

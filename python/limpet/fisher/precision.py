@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from limpet.reference import wide
+
 _FIRST_SCALE = 2.0**12  # of a float16 model's losses; torch's GradScaler starts at 2**16 over a batch's mean
 
 
@@ -32,17 +34,22 @@ class LossScale:
     def __init__(self) -> None:
         self._scale = _FIRST_SCALE
 
-    def add(self, sums: Mapping[str, Tensor], add_scaled: Callable[[Mapping[str, Tensor], float], None]) -> None:
+    def add(
+        self,
+        sums: Mapping[str, Tensor],
+        params: Mapping[str, Tensor],
+        add_scaled: Callable[[Mapping[str, Tensor], float], None],
+    ) -> None:
         """Add what ``add_scaled(into, scale)`` adds, with ``scale**2`` taken out."""
         while True:
-            squares = {name: torch.zeros_like(total) for name, total in sums.items()}
+            squares = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
             add_scaled(squares, self._scale)
             finite = all(bool(torch.isfinite(square).all()) for square in squares.values())
             if finite or self._scale <= 1:
                 break
             self._scale /= 2
-        for name, total in sums.items():
-            total.add_(squares[name], alpha=self._scale**-2)
+        for name, square in squares.items():
+            sums[name].add_(square, alpha=self._scale**-2)
 
 
 def is_half(params: Mapping[str, Tensor]) -> bool:

@@ -71,7 +71,9 @@ class Recorder(TorchFunctionMode):
             y = self._record(match)
             if y is not None:
                 return y if match.after is None else match.after(y)
-        opened = None if rule is not None else OPENED.get(func) or _opened(func)
+        opened = OPENED.get(func) if match is None else None
+        if opened is None and rule is None:
+            opened = _opened(func)
         if opened is not None and self.operands.among((args, list(kwargs.values()))):
             with self:
                 result = opened(*args, **kwargs)

@@ -4,9 +4,11 @@ A rule computes the function as torch does, returns the *input's* gradient in ba
 parameter's use as a contribution; the parameter's own gradient is never formed.
 """
 
-from limpet.fisher.rules import arithmetic, conv, linear, norm, products
+from collections.abc import Callable
+from typing import Any
+
+from limpet.fisher.rules import arithmetic, conv, linear, norm, products, recurrent
 from limpet.fisher.rules.base import Call, Match, Rule
-from limpet.fisher.rules.recurrent import OPENED
 
 RULES: dict[object, Rule] = {
     **linear.RULES,
@@ -15,5 +17,8 @@ RULES: dict[object, Rule] = {
     **conv.RULES,
     **norm.RULES,
 }
+
+# Functions that run as others, under the recorder; None where that does not apply.
+OPENED: dict[object, Callable[..., Any]] = {**recurrent.OPENED, **products.OPENED}
 
 __all__ = ["OPENED", "RULES", "Call", "Match", "Rule"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,4 +94,23 @@ def embedding(
     return Match(input, Embedding(name, input.dim(), weight, padding_idx))
 
 
-RULES: dict[object, Rule] = {F.linear: linear, F.embedding: embedding}
+def rows(find: Find, input: Any, index: Any) -> Match | None:
+    """``W[index]`` with one tensor of integers."""
+    integers = (torch.int64, torch.int32)
+    if not isinstance(index, Tensor) or index.dtype not in integers or find(input) is None or input.dim() != 2:
+        return None
+    return embedding(find, torch.where(index < 0, index + input.shape[0], index), input)
+
+
+def index_select(find: Find, input: Any, dim: int, index: Tensor) -> Match | None:
+    """``torch.index_select`` of a matrix's rows."""
+    return rows(find, input, index) if dim == 0 else None
+
+
+RULES: dict[object, Rule] = {
+    F.linear: linear,
+    F.embedding: embedding,
+    Tensor.__getitem__: rows,
+    torch.index_select: index_select,
+    Tensor.index_select: index_select,
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -83,6 +84,50 @@ def einsum(find: Find, equation: Any, *operands: Any) -> Match | None:
         return None
     order = [(rows + put_out).index(i) for i in out]
     return Match(x, match.call, lambda y: y.reshape([sizes[i] for i in rows + put_out]).permute(order))
+
+
+# --- a matrix for each head or expert: one product each ---------------------------------------------------------------
+
+_MOST = 64  # matrices
+
+
+def _is_stack(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad and value.dim() == 3 and value.shape[0] <= _MOST
+
+
+def batched_matmul(input: Any, other: Any) -> Tensor | None:
+    """``[*, E, N, I] @ [E, I, O]``, as the products of each of the E matrices: each is a region of the parameter."""
+    if not _is_stack(other) or input.dim() < 3 or input.shape[-3] != other.shape[0]:
+        return None
+    return torch.stack([x @ w for x, w in zip(input.unbind(-3), other.unbind(0), strict=True)], dim=-3)
+
+
+def batched_einsum(equation: Any, *operands: Any) -> Tensor | None:
+    """``torch.einsum`` of a tensor and a stack of matrices, with one index that all three have in common."""
+    if not isinstance(equation, str) or len(operands) != 2 or "." in equation or "->" not in equation:
+        return None
+    left, out = equation.replace(" ", "").split("->")
+    first, second = left.split(",")
+    common = [i for i in out if i in first and i in second]
+    if len(common) != 1 or not any(_is_stack(x) for x in operands):
+        return None
+    (i,) = common
+    parts = zip(operands[0].unbind(first.index(i)), operands[1].unbind(second.index(i)), strict=True)
+    each = f"{first.replace(i, '')},{second.replace(i, '')}->{out.replace(i, '')}"
+    return torch.stack([torch.einsum(each, a, b) for a, b in parts], dim=out.index(i))
+
+
+OPENED: dict[object, Callable[..., Any]] = {
+    torch.matmul: batched_matmul,
+    Tensor.matmul: batched_matmul,
+    Tensor.__matmul__: batched_matmul,
+    torch.bmm: batched_matmul,
+    Tensor.bmm: batched_matmul,
+    torch.einsum: batched_einsum,
+}
+
+
+# --- einsum's notation ------------------------------------------------------------------------------------------------
 
 
 def _terms(equation: str, operands: tuple[Any, ...]) -> tuple[list[str], str] | None:
