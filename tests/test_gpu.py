@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _float32_is_float32() -> Iterator[None]:
-    """No tf32 in the model's own products; the kernels never use it."""
+    """No tf32 in the model's own products; the kernels use it in three parts, with float32's accuracy."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     yield
@@ -73,6 +73,28 @@ def test_linear_with_strides(dtype: torch.dtype) -> None:
     d = torch.randn(30, 5, 140).to(dtype).transpose(0, 1)[..., ::2]
     a = torch.randn(90, 30, 5).to(dtype).permute(2, 1, 0)
     agrees_with_float64(ops.sum_grad_squared_linear, ops.sum_grad_squared_linear, d, a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(4, 100, 300, 200), (200, 1, 300, 200), (300, 40, 128, 64)], ids=str)
+def test_a_measured_tile_gives_the_same_bits(
+    sizes: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuning = pytest.importorskip("limpet.triton_kernels._tuning")
+    n, t, o, i = sizes
+    d, a = torch.randn(n, t, o).to(dtype).cuda(), torch.randn(n, t, i).to(dtype).cuda()
+    monkeypatch.setattr(tuning, "_fastest", {})
+    unmeasured = ops.sum_grad_squared_linear(d, a)
+    monkeypatch.setattr(tuning, "WORTH_TUNING", 1)
+    assert torch.equal(ops.sum_grad_squared_linear(d, a), unmeasured)  # measures
+    assert tuning._fastest
+    assert torch.equal(ops.sum_grad_squared_linear(d, a), unmeasured)
+
+
+def test_float32_is_as_accurate_as_float32() -> None:
+    d, a = torch.randn(16, 256, 512), torch.randn(16, 256, 512)
+    want = ops.sum_grad_squared_linear(d.double(), a.double())
+    assert relative_error(ops.sum_grad_squared_linear(d.cuda(), a.cuda()), want) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

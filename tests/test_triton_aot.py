@@ -137,13 +137,13 @@ def spilled_bytes(kernel: Any) -> int:
 
 
 def choices(gpu: GPUTarget, launcher: Callable[[torch.dtype], None], dtype: torch.dtype) -> range:
-    """The tiles that would be measured."""
-    if launcher not in (linear, conv):
+    """The tiles that would be measured: all of them on the two GPUs on which everything is compiled."""
+    if launcher not in (linear, conv) or gpu.arch not in (90, "gfx942"):
         return range(1)
     return range(len(_tiles.tiles(arithmetic(gpu, dtype), 512, 512)))
 
 
-# Every launch for one GPU of each maker, the matrix kernels for the others too; these with every tile that is measured.
+# Every launch for one GPU of each maker, the matrix kernels for the others too.
 CASES = [
     pytest.param(gpu, launcher, dtype, choice, id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}")
     for name, gpu in TARGETS.items()

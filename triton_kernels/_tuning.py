@@ -53,7 +53,7 @@ def launch(
     def grid(options: Mapping[str, Any]) -> tuple[int, int]:
         return groups * triton.cdiv(rows, options["BLOCK_O"]) * triton.cdiv(columns, options["BLOCK_I"]), shares
 
-    key = (kernel, device, arguments[0].dtype, *weight, places, shares == 1, *constants.values())
+    key = (kernel, device, arguments[0].dtype, *weight, places, *constants.values())
     work = math.prod(weight) * places * samples
     if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
         tuner = _tuner(kernel, tiles)
