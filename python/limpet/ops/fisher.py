@@ -103,6 +103,11 @@ def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
     return (fill,) * (3 - len(values)) + tuple(values)
 
 
+def _batch_and_three(strides: Sequence[int]) -> tuple[int, ...]:
+    """Strides of samples, channels and 1, 2 or 3 spatial dimensions as those of three."""
+    return (*strides[:2], *_three(strides[2:], 0))
+
+
 def _conv_cpu(
     total: Tensor,
     output_grad: Tensor,
@@ -115,10 +120,12 @@ def _conv_cpu(
 ) -> None:
     if output_grad.numel() == 0 or total.numel() == 0:
         return
+    samples, out_channels, *output_size = output_grad.shape
+    _, in_channels, *input_size = input.shape
     geometry = (
-        (output_grad.shape[0], output_grad.shape[1], input.shape[1], groups),
-        _three(output_grad.shape[2:], 1),
-        _three(input.shape[2:], 1),
+        (samples, out_channels, in_channels, groups),
+        _three(output_size, 1),
+        _three(input_size, 1),
         _three(kernel_size, 1),
         _three(stride, 1),
         _three(padding, 0),
@@ -131,8 +138,8 @@ def _conv_cpu(
         output_grad.data_ptr(),
         input.data_ptr(),
         *geometry,
-        (*output_grad.stride()[:2], *_three(output_grad.stride()[2:], 0)),
-        (*input.stride()[:2], *_three(input.stride()[2:], 0)),
+        _batch_and_three(output_grad.stride()),
+        _batch_and_three(input.stride()),
         dtype,
         workspace.data_ptr(),
         threads,
@@ -238,7 +245,7 @@ def _product(sizes: Sequence[int]) -> int:
 
 
 def _spatial(name: str, value: Any, dims: int, minimum: int) -> list[int]:
-    if not isinstance(value, (int, Sequence)):
+    if not isinstance(value, (int, tuple, list, Sequence)):  # asking an abstract class alone takes a microsecond
         raise TypeError(f"{name} must be one integer or a sequence of {dims}, got {_checks.describe(value)}")
     values = [value] * dims if isinstance(value, int) else list(value)
     if len(values) != dims:
@@ -342,12 +349,13 @@ def sum_grad_squared_conv(
     _checks.integer("groups", groups, minimum=1)
     if d.shape[1] % groups or x.shape[1] % groups:
         raise ValueError(f"groups must divide the channels {d.shape[1]} and {x.shape[1]}, got {groups}")
-    for i in range(dims):
-        reach = (d.shape[2 + i] - 1) * steps[i] + (kernel[i] - 1) * dilations[i] + 1
-        if d.shape[2 + i] > 0 and reach > x.shape[2 + i] + 2 * pads[i]:
+    sizes = zip(d.shape[2:], x.shape[2:], kernel, steps, pads, dilations, strict=True)
+    for i, (size, input_size, taps, step, pad, dilation_) in enumerate(sizes):
+        reach = (size - 1) * step + (taps - 1) * dilation_ + 1
+        if size > 0 and reach > input_size + 2 * pad:
             raise ValueError(
-                f"output_grad's spatial size {d.shape[2 + i]} needs {reach} padded input places in dimension {i}, "
-                f"got {x.shape[2 + i]} and padding {pads[i]}"
+                f"output_grad's spatial size {size} needs {reach} padded input places in dimension {i}, "
+                f"got {input_size} and padding {pad}"
             )
     total = _total(into, (d.shape[1], x.shape[1] // groups, *kernel), d)
     _conv(total, d, x, kernel, steps, pads, dilations, groups)
