@@ -21,7 +21,7 @@ from peers.problems import Problem
 from tolerances import relative_error
 
 WRONG = 1e-4  # a relative error above this is no rounding
-MIN_ROUNDS, MAX_ROUNDS = 3, 40
+MIN_ROUNDS, MAX_ROUNDS = 2, 40  # two are enough only where one takes the better part of a minute
 
 
 @dataclass
@@ -99,17 +99,18 @@ def error_of(values: Values, scale: float, want: Values) -> tuple[float | None, 
 def answer(method: Method, problem: Problem, want: Values | None) -> tuple[Answer, Ready | None]:
     """Make a method ready, call it once and judge what it gives; an exception is part of the answer."""
     row = Answer(method.name, method.package, version_of(method.package), method.note)
+    given: list[Values] = []
     try:
         ready = method.prepare(problem)
-        values = ready.run()
+        row.peak = peak_bytes(lambda: given.append(ready.run()))
     except Exception as error:
         row.failure, row.refused = first_line(error), on_purpose(error)
         return row, None
     row.batches = ready.batches
     if want is not None:
         row.tensors = len(want)
-        scale = best_factor(values, want) if ready.scale is None else ready.scale
-        row.error, row.worst, row.missing = error_of(values, scale, want)
+        scale = best_factor(given[0], want) if ready.scale is None else ready.scale
+        row.error, row.worst, row.missing = error_of(given[0], scale, want)
     return row, ready
 
 
@@ -146,11 +147,11 @@ def measure(problem: Problem, methods: Sequence[Method], seconds: float, want: V
     with quiet():
         base = ordinary(problem)
         base.run()
+        peak = peak_bytes(base.run)
         answers = [answer(method, problem, want) for method in methods]
         ready = {row.method: made for row, made in answers if made is not None}
         calls = {"": base.run, **{name: made.run for name, made in ready.items()}}
         took = in_turns(calls, seconds)
-        peaks = {name: peak_bytes(call) for name, call in calls.items()}
     for row, made in answers:
         if made is None:
             continue
@@ -158,9 +159,8 @@ def measure(problem: Problem, methods: Sequence[Method], seconds: float, want: V
         low, _, high = statistics.quantiles(found, n=4)
         row.ratio, row.quartiles = statistics.median(found), (low, high)
         row.milliseconds = 1e3 * statistics.median(took[row.method]) / made.batches
-        row.peak = peaks[row.method]
     return {
-        "baseline": {"milliseconds": 1e3 * statistics.median(took[""]), "peak": peaks[""], "rounds": len(took[""])},
+        "baseline": {"milliseconds": 1e3 * statistics.median(took[""]), "peak": peak, "rounds": len(took[""])},
         "parameter_bytes": sum(p.numel() * p.element_size() for p in problem.original.parameters()),
         "answers": [row.as_dict() for row, _ in answers],
     }
