@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,10 @@ SECONDS = 60.0  # of timing, for a model
 SWEEP_SECONDS = 8.0  # for a batch size of the picture
 
 
-def run_group(group: str, seconds: float, sweep_seconds: float) -> dict[str, Any]:
-    """Measure a model, or answer the hard cases, in this process."""
+def run_group(
+    group: str, seconds: float, sweep_seconds: float, save: Callable[[dict[str, Any]], None] = lambda found: None
+) -> dict[str, Any]:
+    """Measure a model, or answer the hard cases, in this process; ``save`` gets what there is after each batch size."""
     found: dict[str, Any] = {"environment": {**environment(), "allocator": allocator()}}
     if group == "hard":
         found["cases"] = {}
@@ -54,9 +57,11 @@ def run_group(group: str, seconds: float, sweep_seconds: float) -> dict[str, Any
     found |= measure(problem, every, seconds, exact(problem))
     gave = {row["method"] for row in found["answers"] if row["failure"] is None}
     every = [method for method in every if method.name in gave]
-    found["sweep"] = [
-        {"batch": size, **measure(measured.problem(size), every, sweep_seconds, None)} for size in measured.sizes
-    ]
+    found["sweep"] = []
+    for size in measured.sizes:
+        save(found)
+        point = measure(measured.problem(size), every, sweep_seconds, None)
+        found["sweep"].append({"batch": size, **point})
     return found
 
 
@@ -66,19 +71,23 @@ def allocator() -> dict[str, str] | str:
 
 
 def run_apart(group: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure a group in a new process; one that dies (of memory, of time) gives its error."""
+    """Measure a group in a new process; of one that dies (of memory, of time), what it had saved and its error."""
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "group.json"
         command = [sys.executable, __file__, "--group", group, "--into", str(target)]
         command += ["--seconds", str(arguments.seconds), "--sweep-seconds", str(arguments.sweep_seconds)]
         command += ["--threads", str(arguments.threads)]
+        stopped = None
         try:
             done = subprocess.run(command, timeout=arguments.limit, env={**os.environ, "KINETO_LOG_LEVEL": "99"})
         except subprocess.TimeoutExpired:
-            return {"failure": f"not done after {arguments.limit:.0f} s"}
-        if done.returncode:
-            return {"failure": f"the process ended with {done.returncode}"}
-        found: dict[str, Any] = json.loads(target.read_text())
+            stopped = f"not done after {arguments.limit:.0f} s"
+        else:
+            if done.returncode:
+                stopped = f"the process ended with {done.returncode}"
+        found: dict[str, Any] = json.loads(target.read_text()) if target.exists() else {}
+        if stopped:
+            found["stopped" if found else "failure"] = stopped
         return found
 
 
@@ -100,8 +109,11 @@ def main(given: list[str] | None = None) -> int:
     arguments = parse(given)
     torch.set_num_threads(arguments.threads)
     if arguments.group:
-        found = run_group(arguments.group, arguments.seconds, arguments.sweep_seconds)
-        replace(arguments.into, json.dumps(found, indent=1) + "\n")
+
+        def save(found: dict[str, Any]) -> None:
+            replace(arguments.into, json.dumps(found, indent=1) + "\n")
+
+        save(run_group(arguments.group, arguments.seconds, arguments.sweep_seconds, save))
         return 0
     arguments.results.mkdir(parents=True, exist_ok=True)
     kept = arguments.results / "fisher-peers.json"

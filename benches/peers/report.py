@@ -68,6 +68,8 @@ def model_table(group: Mapping[str, Any]) -> list[str]:
         low, high = row["quartiles"]
         cells = [f"{row['ratio']:.2f}", f"{low:.2f}-{high:.2f}", f"{row['milliseconds']:.1f}"]
         lines.append(_line([name, *cells, f"{beyond / 1e6:+.0f}", f"{beyond / parameters:+.1f}", verdict(row)]))
+    if "stopped" in group:
+        lines += ["", f"Larger batches were not measured: {group['stopped']}."]
     return [*lines, "", *_failures(group["answers"])]
 
 
