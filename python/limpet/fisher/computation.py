@@ -40,7 +40,7 @@ class Computation:
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
-        self._checked: set[tuple[tuple[Key, torch.Size], ...]] = set()  # the shapes of all calls of a checked batch
+        self._checked: set[int] = set()  # of each checked batch, the shapes of its calls and what decided (hashed)
         self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
         self._loss_scale = LossScale()
         self.sums = Sums(params)
@@ -164,14 +164,13 @@ class Computation:
     def _is_checked(self, recorder: Recorder, samples: int) -> bool:
         """Whether the rows are to be checked in this batch.
 
-        They are where shapes are new, where values decide, and where a call was not seen to depend on its samples.
+        They are where shapes are new, or the values by which rows are picked, and where a call was not seen to depend
+        on its samples.
         """
-        shapes = tuple((key, lead) for key, _, lead in recorder.calls)
-        known = shapes in self._checked
-        self._checked.add(shapes)
-        return samples > 1 and (
-            not known or recorder.picked or any(key in self._doubtful for key, _, _ in recorder.calls)
-        )
+        seen = hash((tuple((key, lead) for key, _, lead in recorder.calls), tuple(recorder.decided)))
+        known = seen in self._checked
+        self._checked.add(seen)
+        return samples > 1 and (not known or any(key in self._doubtful for key, _, _ in recorder.calls))
 
     def _check(self, recorder: Recorder, losses: Tensor, uses: Uses, scale: float) -> RowCheck:
         check = RowCheck(losses, recorder, uses.splits, scale)

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from limpet.fisher.layout import candidates
 from limpet.fisher.operands import Operand, Operands
-from limpet.fisher.picks import picks_rows
+from limpet.fisher.picks import deciding_values
 from limpet.fisher.rules import OPENED, RULES, Call, Match
 from limpet.fisher.rules.base import Saved
 
@@ -41,7 +41,7 @@ class Recorder(TorchFunctionMode):
             own gradient is never formed; so the parameters' hooks and ``.grad`` are not touched.
         operands: what stood in a parameter's place.
         constant: the calls whose input does not depend on anything but parameters and data.
-        picked: whether a function was called through which values may decide which row is whose.
+        decided: the values by which the model may have decided which row is whose.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Recorder(TorchFunctionMode):
         self.operands = Operands(names)
         self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
         self.constant: set[Key] = set()
-        self.picked = False
+        self.decided: list[object] = []
         self._declined, self._probe = declined, probe
         self._seen: Counter[tuple[Any, ...]] = Counter()
 
@@ -81,7 +81,9 @@ class Recorder(TorchFunctionMode):
                 return result
         result = func(*args, **kwargs)
         if not self.operands.compute((args, list(kwargs.values())), result):
-            self.picked = self.picked or picks_rows(func, args)
+            values = deciding_values(func, args, result)
+            if values is not None:
+                self.decided.append(values)
         return result
 
     def _record(self, match: Match) -> Tensor | None:
