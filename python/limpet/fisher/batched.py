@@ -35,7 +35,7 @@ class Batched:
 
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradient."""
-        with without_tf32():
+        with without_tf32(next(iter(self._params.values())).device):
             if is_half(self._params):
                 self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
             else:

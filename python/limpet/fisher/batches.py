@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 import torch
@@ -119,10 +120,10 @@ def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  
         )
     losses = objective(outputs, batch)
     with torch._C.DisableTorchFunction():  # a look of ours, not the model's: the recorder is not to see it
-        finite = torch.isfinite(losses.detach())
-        all_finite = bool(finite.all())
-    if not all_finite:
-        n, k = (int(i) for i in (~finite).nonzero()[0])
+        some_bad = not isfinite(float(losses.detach().sum()))
+        bad = torch.isfinite(losses.detach()).logical_not().nonzero() if some_bad else losses.new_empty(0)
+    if len(bad):
+        n, k = (int(i) for i in bad[0])
         raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
     return losses
 

@@ -37,6 +37,7 @@ class Computation:
     def __init__(self, model: nn.Module, objective: Objective, params: Mapping[str, Tensor]) -> None:
         self._model, self._objective, self._params = model, objective, params
         self._names = {id(p): name for name, p in params.items()}
+        self._device = next(iter(params.values())).device
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
@@ -49,7 +50,7 @@ class Computation:
 
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradients."""
-        with without_tf32(), _uncompiled():
+        with without_tf32(self._device), _uncompiled():
             if is_half(self._params):
                 self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
             else:

@@ -52,7 +52,8 @@ class Operands:
             return Operand(name)
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
-        return self._region(value) or self._found(value)
+        place = self._computed.get(id(value))
+        return self._region(value) if place is None else Operand("", None, place)
 
     def among(self, args: Iterable[Any]) -> bool:
         """Whether there is an operand among the arguments, or in a list among them."""
@@ -60,13 +61,19 @@ class Operands:
 
     def compute(self, args: Iterable[Any], result: Any) -> bool:
         """Note the result of a function of operands alone; whether it is one."""
-        operands = 0
-        for value in _tensors(args):
-            if self.find(value) is not None:
-                operands += 1
-            elif value.requires_grad:
-                return False
-        if operands == 0:
+        operands = False
+        for value in args:
+            if isinstance(value, Tensor):
+                if self.find(value) is not None:
+                    operands = True
+                elif value.requires_grad:
+                    return False
+            elif isinstance(value, (list, tuple)) and value:
+                inner = list(_tensors(value))
+                if any(v.requires_grad and self.find(v) is None for v in inner):
+                    return False
+                operands = operands or any(self.find(v) is not None for v in inner)
+        if not operands:
             return False
         for tensor in _tensors([result]):
             if tensor.requires_grad and self._region(tensor) is None:
@@ -78,10 +85,6 @@ class Operands:
     def changed(self, place: int) -> bool:
         """Whether a computed tensor was changed in place since."""
         return self.computed[place]._version != self._versions[place]
-
-    def _found(self, value: Tensor) -> Operand | None:
-        place = self._computed.get(id(value))
-        return None if place is None else Operand("", None, place)
 
     def _region(self, value: Tensor) -> Operand | None:
         base = value._base

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -21,7 +21,8 @@ def gradients(
     retain_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The gradient of ``sum(weights * losses)``; None where it does not reach. Outside autocast, as torch asks for."""
-    with torch.autocast(losses.device.type, enabled=False):
+    device = losses.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         return torch.autograd.grad(losses, inputs, weights, retain_graph=retain_graph, allow_unused=True)
 
 
@@ -74,8 +75,11 @@ def _tf32_switches() -> list[tuple[object, str, object]]:
 
 
 @contextmanager
-def without_tf32() -> Iterator[None]:
-    """Full float32 products: cuDNN's convolutions take TF32 (10 bits) unless told otherwise."""
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """Full float32 products on a GPU: cuDNN's convolutions take TF32 (10 bits) unless told otherwise."""
+    if device.type != "cuda":
+        yield
+        return
     found = [(place, name, getattr(place, name)) for place, name, _ in _tf32_switches()]
     try:
         for place, name, off in _tf32_switches():

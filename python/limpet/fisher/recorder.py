@@ -65,6 +65,7 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute a call by its rule, where there is one."""
         kwargs = kwargs or {}
+        everything = (*args, *kwargs.values()) if kwargs else args
         rule = RULES.get(func)
         match = None if rule is None else rule(self.operands.find, *args, **kwargs)
         if match is not None:
@@ -74,13 +75,13 @@ class Recorder(TorchFunctionMode):
         opened = OPENED.get(func) if match is None else None
         if opened is None and rule is None:
             opened = _opened(func)
-        if opened is not None and self.operands.among((args, list(kwargs.values()))):
+        if opened is not None and self.operands.among(everything):
             with self:
                 result = opened(*args, **kwargs)
             if result is not None:
                 return result
         result = func(*args, **kwargs)
-        if not self.operands.compute((args, list(kwargs.values())), result):
+        if not self.operands.compute(everything, result):
             values = deciding_values(func, args, result)
             if values is not None:
                 self.decided.append(values)

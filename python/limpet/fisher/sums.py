@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Mapping, ValuesView
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -11,7 +12,8 @@ from limpet.reference import wide
 
 _FLUSH = 256  # batches summed before they go to the totals, so that rounding grows with 256 + batches / 256
 _CHECK = 8  # batches between two looks for NaN and infinity in every sum
-_SMALL = 1 << 16  # sums up to this size are looked at after every batch: hardly any bad gradient spares them all
+_SMALL = 1 << 16  # the size of sums that may be looked at after every batch
+_FEW = 2  # of them are: the first layers' are reached by what goes wrong in any layer behind
 
 
 class Running(dict[str, Tensor]):
@@ -49,7 +51,7 @@ class Sums:
         self.totals: dict[str, Tensor] = {}
         self.batches = self._checked = 0
         self._filled = [name for name, total in self.running.items() if total.numel()]
-        self._small = [name for name in self._filled if self.running[name].numel() <= _SMALL]
+        self._small = [name for name in self._filled if self.running[name].numel() <= _SMALL][:_FEW]
 
     def end_batch(self) -> None:
         """Look for NaN and infinity, and keep the running sums small."""
@@ -109,9 +111,9 @@ class Sums:
         """Raise if one of these running sums is not finite; ``first`` is the first batch not yet looked at."""
         if not names:
             return
-        largest = torch.stack(torch._foreach_max([self.running[name] for name in names]))
-        if not torch.isfinite(largest).all():
-            name = next(name for name, value in zip(names, largest.tolist(), strict=True) if not value < float("inf"))
+        largest = [float(self.running[name].max()) for name in names]
+        if not all(map(isfinite, largest)):
+            name = next(name for name, value in zip(names, largest, strict=True) if not isfinite(value))
             last = self.batches - 1
             where = f"batch {last}" if first >= last else f"one of the batches {first} to {last}"
             raise RuntimeError(f"the squared gradient of {name!r} is not finite in {where}")
