@@ -94,9 +94,8 @@ class Probe:
             for before, after in zip(self._before[key], (x, y), strict=True):
                 if before is None or after is None:
                     continue
-                if before.shape != after.shape:  # the number of rows depends on the samples: no layout can hold
-                    changed.fill_(True)
-                    break
+                if before.shape != after.shape:  # it depends on the samples how many rows there are: nothing is learnt
+                    return
                 changed |= rows_changed(before, after, call.lead)
             self._changed[key].append((sample, changed))
 

@@ -12,6 +12,7 @@ from limpet.fisher.layout import rounding
 from limpet.fisher.precision import gradients, working_dtype
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Saved, Split
+from limpet.reference import wide
 
 if TYPE_CHECKING:
     from limpet.fisher.recorder import Key, Recorder
@@ -92,5 +93,6 @@ class RowCheck:
     def _sizes(self, key: Key, call: Call, dy: Tensor) -> Tensor:  # [*lead, *features] -> [N, T]
         """The sum of magnitudes of each row, samples in front."""
         self._features[key] = max(1, dy[(0,) * call.lead].numel()) if dy.numel() else 1
-        rows = dy.abs().double() if dy.dim() == call.lead else dy.abs().flatten(call.lead).sum(-1, dtype=torch.float64)
-        return self._splits[key](rows).reshape(self._losses.shape[0], -1)
+        rows = dy.unsqueeze(-1) if dy.dim() == call.lead else dy.flatten(call.lead)
+        sizes = torch.linalg.vector_norm(rows, ord=1, dim=-1, dtype=wide(dy.dtype))
+        return self._splits[key](sizes).reshape(self._losses.shape[0], -1).double()
