@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.per_sample import same_loss
-from limpet.fisher.precision import LossScale, gradients, is_half, without_tf32
+from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.sums import Sums
 
 
@@ -36,10 +36,7 @@ class Batched:
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradient."""
         with without_tf32(next(iter(self._params.values())).device):
-            if is_half(self._params):
-                self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
-            else:
-                self._add(batch, self.sums.running, 1.0)
+            self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
         self.sums.end_batch()
 
     def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:

@@ -16,7 +16,7 @@ from limpet.fisher.contributions import Contribution
 from limpet.fisher.layout import Layout
 from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
-from limpet.fisher.precision import LossScale, gradients, is_half, without_tf32
+from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
@@ -51,10 +51,7 @@ class Computation:
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradients."""
         with without_tf32(self._device), _uncompiled():
-            if is_half(self._params):
-                self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
-            else:
-                self._add(batch, self.sums.running, 1.0)
+            self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
         self.sums.end_batch()
 
     def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:

@@ -41,7 +41,10 @@ class LossScale:
         params: Mapping[str, Tensor],
         add_scaled: Callable[[Mapping[str, Tensor], float], None],
     ) -> None:
-        """Add what ``add_scaled(into, scale)`` adds, with ``scale**2`` taken out."""
+        """Add what ``add_scaled(into, scale)`` adds, with ``scale**2`` taken out; nothing is scaled without float16."""
+        if not _is_half(params):
+            add_scaled(sums, 1.0)
+            return
         while True:
             squares = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
             add_scaled(squares, self._scale)
@@ -53,7 +56,7 @@ class LossScale:
             sums[name].add_(square, alpha=self._scale**-2)
 
 
-def is_half(params: Mapping[str, Tensor]) -> bool:
+def _is_half(params: Mapping[str, Tensor]) -> bool:
     """Whether activations or parameters are float16, here and now."""
     device = next(iter(params.values())).device.type
     if torch.is_autocast_enabled(device):

@@ -96,9 +96,6 @@ class Expand(Call):
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         return self.w.expand(self.sizes).clone(), ()
 
-    def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
-        raise NotImplementedError("there is no input")
-
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         if self.weight is not None:
             yield self.weight, _vector(self.w, split(dy), None, self.lead)

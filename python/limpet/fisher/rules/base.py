@@ -43,9 +43,9 @@ class Call(ABC):
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
         """The function's value, and what backward needs."""
 
-    @abstractmethod
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:
-        """The gradient at the input."""
+        """The gradient at the input; not asked of calls whose input cannot have one."""
+        raise TypeError(f"{self.function} has no input that a gradient could reach")
 
     @abstractmethod
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:

@@ -61,9 +61,6 @@ class Embedding(Call):
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         return F.embedding(x, self.w), (x,)
 
-    def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
-        raise NotImplementedError("indices have no gradient")
-
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         if self.weight is not None:
             yield self.weight, Table(split(dy), split(saved[0]), self.padding_idx)
