@@ -204,7 +204,16 @@ EXACT = [
           batches(lambda n: ((torch.randn(n, WIDTH), torch.randn(n, 3, WIDTH)), classes(n))), None, None),
 ]  # fmt: skip
 
+
+def changed_in_place(m: Net, x: Tensor) -> Tensor:
+    h = m.first(x)  # a view inside of torch
+    h += m.positions
+    return m.head(F.relu(h, inplace=True).mean(dim=1))
+
+
 EXACT += [
+    Entry("changed in place", lambda: Net(changed_in_place, first=linear(), positions=torch.randn(LENGTH, WIDTH),
+          head=head()), labelled(LENGTH, WIDTH), None, EVERY),
     # a layout holds at the shapes that it was checked at
     Entry("transposed when long", net(transposed_when_long, first=linear, second=linear),
           lambda: [random(4, 3, WIDTH), random(5, 5, WIDTH)], None, None),

@@ -118,6 +118,8 @@ class _Recorded(torch.autograd.Function):
                 y, saved = call.forward(x)
         else:
             y, saved = call.forward(x)  # type: ignore[arg-type]
+        if y._is_view():  # as of a linear layer with places: models may change it in place, which views forbid here
+            y = torch.ops.aten._unsafe_view(y, y.shape)
         ctx.save_for_backward(*saved)
         ctx.call, ctx.key, ctx.recorder = call, key, recorder
         ctx.set_materialize_grads(False)
