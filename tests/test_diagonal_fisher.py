@@ -475,7 +475,7 @@ def test_rows_are_checked_once_for_each_set_of_shapes(monkeypatch: pytest.Monkey
     checked = []
     monkeypatch.setattr(
         "limpet.fisher.computation.RowCheck",
-        lambda losses, *rest: checked.append(len(losses)) or RowCheck(losses, *rest),
+        lambda losses, *rest, **options: checked.append(len(losses)) or RowCheck(losses, *rest, **options),
     )
     for model in (mlp(4, 5, 3), with_statistics(nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))):
         limpet.diagonal_fisher(model, [(torch.randn(n, 4), torch.randint(3, (n,))) for n in (6, 6, 4, 6, 4, 1)])

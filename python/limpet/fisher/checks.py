@@ -18,7 +18,14 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters to compute for, by name, once model and surroundings have been checked."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {_checks.describe(model)}")
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    params: dict[str, nn.Parameter] = {}
+    seen = set()
+    for prefix, module in model.named_modules():
+        _refuse_module(prefix, module)
+        for name, p in module._parameters.items():
+            if p is not None and p.requires_grad and id(p) not in seen:
+                seen.add(id(p))
+                params[f"{prefix}.{name}" if prefix else name] = p
     if not params:
         raise ValueError("model has no parameters that require a gradient")
     devices: dict[torch.device, str] = {}
@@ -35,22 +42,22 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
         raise ValueError(f"parameter {devices[meta]!r} must hold values, got one on the meta device")
     if torch.is_inference_mode_enabled():
         raise RuntimeError("diagonal_fisher needs gradients: call it outside torch.inference_mode()")
-    _refuse_modules(model)
     return params
 
 
-def _refuse_modules(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        label = f"{name!r} ({type(module).__name__})"
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise RuntimeError(
-                f"{label} would normalise by the statistics of the batch, which makes samples interact: "
-                "call model.eval() first (with track_running_stats=True)"
-            )
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
-            raise RuntimeError(f"{label} drops at random in training mode: call model.eval() first")
-        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
-            raise RuntimeError(f"{label} has max_norm={module.max_norm}, which changes the weights in forward")
+def _refuse_module(name: str, module: nn.Module) -> None:
+    if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+        what = (
+            "would normalise by the statistics of the batch, which makes samples interact: "
+            "call model.eval() first (with track_running_stats=True)"
+        )
+    elif isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        what = "drops at random in training mode: call model.eval() first"
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.max_norm is not None:
+        what = f"has max_norm={module.max_norm}, which changes the weights in forward"
+    else:
+        return
+    raise RuntimeError(f"{name!r} ({type(module).__name__}) {what}")
 
 
 class _Buffers:

@@ -21,7 +21,7 @@ from limpet.fisher.probe import Probe
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
 from limpet.fisher.rules import Call
-from limpet.fisher.rules.base import Saved, Split
+from limpet.fisher.rules.base import Split
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
 
@@ -73,12 +73,19 @@ class Computation:
         if probe is not None:
             same_loss(probe.losses, losses.detach()[probe.samples.to(losses.device)], batch, probe.samples)
         kinds, behind = self._settle(recorder, losses, uses, batch.size)
-        check = self._check(recorder, losses, uses, scale) if self._is_checked(recorder, batch.size) else None
-        # In the first batch its own pass serves the check, as nothing is lost if that fails.
-        afterwards = check is not None and self.sums.batches == 0 and losses.shape[1] == 1
-        if check is not None and not afterwards:
-            check.run_plain()
-            self._heed(check, recorder, behind)
+        checked = self._is_checked(recorder, batch.size)
+        check = None
+        if checked and self.sums.batches == 0 and losses.shape[1] == 1:
+            # Its own pass serves the check, as nothing is lost if that fails. Another forward pass costs less than
+            # the memory of a graph that is kept: then the largest gradients would be held beside the activations.
+            check = RowCheck(losses, recorder, uses.splits, scale, keep=False)
+            recorder, uses, losses = self._forward(batch, sums)
+            kinds, behind = self._settle(recorder, losses, uses, batch.size)
+            recorder.on_backward = check.before(uses.arrived)
+        elif checked:
+            before = RowCheck(losses, recorder, uses.splits, scale, keep=True)
+            before.run_plain()
+            self._heed(before, recorder, behind)
         self._plan(recorder, uses, kinds, behind)
         if len(self.slow) == len(self._params):
             return losses.detach()
@@ -87,7 +94,7 @@ class Computation:
             last = column is columns[-1]
             gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
             uses.finish(last)
-        if afterwards and check is not None and self._heed(check, recorder, behind):
+        if check is not None and self._heed(check, recorder, behind):
             for total in sums.values():
                 total.zero_()
             return self._add_fused(batch, sums, scale)
@@ -169,17 +176,6 @@ class Computation:
         known = seen in self._checked
         self._checked.add(seen)
         return samples > 1 and (not known or any(key in self._doubtful for key, _, _ in recorder.calls))
-
-    def _check(self, recorder: Recorder, losses: Tensor, uses: Uses, scale: float) -> RowCheck:
-        check = RowCheck(losses, recorder, uses.splits, scale)
-
-        def arrived(key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
-            check.note(key, call, dy)
-            uses.arrived(key, call, dy, saved)
-
-        if losses.shape[1] == 1:
-            recorder.on_backward = arrived
-        return check
 
     def _heed(self, check: RowCheck, recorder: Recorder, behind: Behind) -> bool:
         """Let parameters whose rows lie elsewhere go the per-sample way; whether there were any."""

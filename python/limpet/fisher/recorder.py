@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -23,6 +22,14 @@ from limpet.fisher.rules.base import Saved
 # What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
 # it has, and how many such calls came before it.
 Key = tuple[str, Operand | None, Operand | None, int, int]
+
+
+# What a tensor is asked for before anything is computed: half of the calls in a transformer's forward.
+_ATTRIBUTES = ("device", "dtype", "is_cuda", "is_nested", "is_sparse", "layout", "ndim", "requires_grad", "shape")
+_METHODS = ("dim", "is_contiguous", "is_floating_point", "numel", "size", "stride")
+_QUESTIONS = frozenset(
+    [getattr(Tensor, name).__get__ for name in _ATTRIBUTES] + [getattr(Tensor, name) for name in _METHODS]
+)
 
 
 class Recorder(TorchFunctionMode):
@@ -65,6 +72,8 @@ class Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute a call by its rule, where there is one."""
         kwargs = kwargs or {}
+        if func in _QUESTIONS:
+            return func(*args, **kwargs)
         everything = (*args, *kwargs.values()) if kwargs else args
         rule = RULES.get(func)
         match = None if rule is None else rule(self.operands.find, *args, **kwargs)
@@ -126,7 +135,6 @@ class _Recorded(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
         if dy is None:
             return None, None, None, None, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,6 +17,8 @@ from limpet.reference import wide
 if TYPE_CHECKING:
     from limpet.fisher.recorder import Key, Recorder
 
+    OnBackward = Callable[[Key, Call, Tensor, Saved], None]
+
 
 class RowCheck:
     """Passes through the activations' gradients in which each sample's losses are multiplied by a factor of its own.
@@ -25,13 +27,16 @@ class RowCheck:
     which change no rounding. Up to 129 samples have different ones in one pass; more take another pass.
 
     Args:
-        losses: ``[N, K]``, whose graph is kept.
+        losses: ``[N, K]``.
         recorder: of their forward pass.
         splits: what is to be checked: how each call's rows are brought to their samples.
         scale: the losses are multiplied by it in every pass.
+        keep: whether the losses' graph is needed afterwards.
     """
 
-    def __init__(self, losses: Tensor, recorder: Recorder, splits: Mapping[Key, Split], scale: float) -> None:
+    def __init__(
+        self, losses: Tensor, recorder: Recorder, splits: Mapping[Key, Split], scale: float, *, keep: bool
+    ) -> None:
         self._losses, self._recorder, self._splits, self._scale = losses, recorder, splits, scale
         self._dtype = working_dtype(losses)
         self._most = 3 if self._dtype == torch.float16 else 64  # the exponents run from -most to most
@@ -40,18 +45,25 @@ class RowCheck:
         self._scaled: list[dict[Key, Tensor]] = []
         factors = 2 * self._most + 1
         digits = torch.arange(losses.shape[0], device=losses.device)
-        while not self._scaled or bool(digits.any()):
-            self._scaled.append(self._row_sizes(digits % factors - self._most))
-            digits = digits // factors
+        more = True
+        while more:
+            exponents, digits = digits % factors - self._most, digits // factors
+            more = bool(digits.any())
+            self._scaled.append(self._row_sizes(exponents, keep=keep or more))
 
     def run_plain(self) -> None:
         """Make the pass without factors, for which else the batch's own is taken."""
-        self._plain = self._row_sizes(torch.zeros_like(self._losses[:, 0], dtype=torch.int64))
+        self._plain = self._row_sizes(torch.zeros_like(self._losses[:, 0], dtype=torch.int64), keep=True)
 
-    def note(self, key: Key, call: Call, dy: Tensor) -> None:
-        """Take a call's output gradient in the batch's own pass, without factors."""
-        if key in self._splits:
-            self._plain[key] = self._sizes(key, call, dy)
+    def before(self, on_backward: OnBackward) -> OnBackward:
+        """Take the pass without factors from the batch's own: what is to be called in it."""
+
+        def note(key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
+            if key in self._splits:
+                self._plain[key] = self._sizes(key, call, dy)
+            on_backward(key, call, dy, saved)
+
+        return note
 
     @property
     def checked(self) -> Set[Key]:
@@ -73,7 +85,7 @@ class RowCheck:
         """Whether any sample's gradient reached each of a call's places."""
         return (self._plain[key] > 0).any(dim=0)
 
-    def _row_sizes(self, exponents: Tensor) -> dict[Key, Tensor]:  # int64 [N] -> [N, T] each
+    def _row_sizes(self, exponents: Tensor, *, keep: bool) -> dict[Key, Tensor]:  # int64 [N] -> [N, T] each
         """The sizes of the rows' gradients, with the factors taken out again."""
         sizes: dict[Key, Tensor] = {}
         factors = torch.ldexp(torch.ones_like(self._losses[:, 0]), exponents).unsqueeze(1)
@@ -85,7 +97,7 @@ class RowCheck:
         on_backward, self._recorder.on_backward = self._recorder.on_backward, note
         try:
             weights = (self._scale * factors).expand_as(self._losses)
-            gradients(self._losses, self._recorder.anchor, weights, retain_graph=True)
+            gradients(self._losses, self._recorder.anchor, weights, retain_graph=keep)
         finally:
             self._recorder.on_backward = on_backward
         return sizes

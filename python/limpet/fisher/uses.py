@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,7 +95,9 @@ class _Gradient:
         if self._whole:
             self._add_dense(parts)
             return
-        found = joined([contribution for _, contribution in parts])
+        found: list[Any] = [contribution for _, contribution in parts]
+        if len(found) > 1:
+            found = joined(found)
         if len(found) == 1:
             if self._columns > 1 and isinstance(found[0], Matrix) and found[0].output_grad.dim() == 2:
                 self._keep(found[0])
