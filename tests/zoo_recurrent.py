@@ -31,7 +31,11 @@ def layers(kind: Any, batch_first: bool = True, width: int = HIDDEN, **options: 
     return lambda: Net(forward, rnn=kind(WIDTH, HIDDEN, batch_first=batch_first, **options), head=head(features))
 
 
-def packed(kind: Any, enforce_sorted: bool, batch_first: bool = True) -> Callable[[], nn.Module]:
+def packed(
+    kind: Any, enforce_sorted: bool, batch_first: bool = True, width: int = HIDDEN, **options: Any
+) -> Callable[[], nn.Module]:
+    """Every output's sum and the last hidden state, behind a linear layer."""
+
     def forward(m: Net, x: Tensor, counts: Tensor) -> Tensor:
         x = m.first(x)
         rows = pack_padded_sequence(
@@ -41,8 +45,12 @@ def packed(kind: Any, enforce_sorted: bool, batch_first: bool = True) -> Callabl
         padded, _ = pad_packed_sequence(outputs, batch_first=batch_first)
         return m.head(torch.cat([padded.sum(dim=1 if batch_first else 0), last(hidden)], dim=1))
 
+    features = width * (2 if options.get("bidirectional") else 1) * (1 + options.get("num_layers", 1))
     return lambda: Net(
-        forward, first=nn.Linear(WIDTH, WIDTH), rnn=kind(WIDTH, HIDDEN, batch_first=batch_first), head=head(2 * HIDDEN)
+        forward,
+        first=nn.Linear(WIDTH, WIDTH),
+        rnn=kind(WIDTH, HIDDEN, batch_first=batch_first, **options),
+        head=head(features),
     )
 
 
@@ -52,6 +60,28 @@ def of_lengths(in_order: bool) -> Callable[[int], tuple[Any, Tensor]]:
         return (torch.randn(n, LENGTH, WIDTH), counts.sort(descending=True)[0] if in_order else counts), classes(n)
 
     return make
+
+
+def packed_features(m: Net, x: Tensor, counts: Tensor) -> Tensor:
+    """Packed inputs that need no gradient, a start from the sample, a longer padding."""
+    rows = pack_padded_sequence(x, counts.tolist(), batch_first=True, enforce_sorted=False)
+    start = torch.tanh(m.start(x[:, 0])).expand(2, -1, -1)
+    outputs, (hidden, cell) = m.rnn(rows, (start, start.square()))
+    padded, _ = pad_packed_sequence(outputs, batch_first=True, padding_value=0.5, total_length=LENGTH + 1)
+    return m.head(torch.cat([padded.sum(dim=1), last(hidden), last(cell)], dim=1))
+
+
+def sorted_by_hand(m: Net, x: Tensor, counts: Tensor) -> Tensor:
+    counts, order = counts.sort(descending=True)
+    _, hidden = m.rnn(pack_padded_sequence(x[order], counts, batch_first=True))
+    return m.head(last(hidden)[order.argsort()])
+
+
+def sorted_by_python(m: Net, x: Tensor, counts: Tensor) -> Tensor:
+    """An order that cannot be followed."""
+    order = sorted(range(len(x)), key=counts.tolist().__getitem__, reverse=True)
+    _, hidden = m.rnn(pack_padded_sequence(x[order], counts[order], batch_first=True))
+    return m.head(last(hidden)[torch.tensor(order).argsort()])
 
 
 def linear_on_packed(m: Net, x: Tensor, counts: Tensor) -> Tensor:
@@ -107,25 +137,47 @@ PACKED = {
     for in_order, batch_first in ((True, True), (False, False))
 }
 
+PACKED["LSTM, bidirectional"] = (packed(nn.LSTM, False, num_layers=2, bidirectional=True), batches(of_lengths(False)))
+PACKED["GRU, bidirectional, sorted"] = packed(nn.GRU, True, bidirectional=True), batches(of_lengths(True))
+PACKED["LSTM, proj_size"] = (packed(nn.LSTM, False, width=3, proj_size=3, num_layers=2), batches(of_lengths(False)))
+PACKED["LSTM from a start"] = (
+    lambda: Net(
+        packed_features,
+        rnn=nn.LSTM(WIDTH, HIDDEN, batch_first=True, bidirectional=True),
+        start=nn.Linear(WIDTH, HIDDEN),
+        head=head(6 * HIDDEN),
+    ),
+    batches(of_lengths(False)),
+)
+PACKED["GRU, sorted by hand"] = (
+    lambda: Net(sorted_by_hand, rnn=nn.GRU(WIDTH, HIDDEN, batch_first=True), head=head(HIDDEN)),
+    batches(of_lengths(False)),
+)  # fmt: skip
+
 ENTRIES = [
-    *(Entry(name, make, labelled(LENGTH, WIDTH), None, None) for name, make in LAYERS.items()),
-    *(Entry(f"packed {name}", make, inputs, None, None) for name, (make, inputs) in PACKED.items()),
+    *(Entry(name, make, labelled(LENGTH, WIDTH)) for name, make in LAYERS.items()),
+    *(Entry(f"packed {name}", make, inputs) for name, (make, inputs) in PACKED.items()),
     *(
         Entry(kind.__name__, lambda kind=kind: Net(cells, cell=kind(WIDTH, HIDDEN), head=head(HIDDEN)),
-              labelled(LENGTH, WIDTH), None, None)
+              labelled(LENGTH, WIDTH))
         for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)
     ),
     Entry(
         "learned start",
         lambda: Net(learned_start, rnn=nn.GRU(WIDTH, HIDDEN, batch_first=True), start=torch.randn(1, 1, HIDDEN),
                     head=head(HIDDEN)),
-        labelled(LENGTH, WIDTH), None, None,
+        labelled(LENGTH, WIDTH),
     ),
     Entry(
         "gated unit by hand",
         lambda: Net(minimal_gated, gate=nn.Linear(WIDTH + HIDDEN, HIDDEN), value=nn.Linear(WIDTH + HIDDEN, HIDDEN),
                     norm=nn.LayerNorm(HIDDEN), head=head(HIDDEN)),
         labelled(LENGTH, WIDTH),
+    ),
+    Entry(
+        "packed GRU, sorted by Python",
+        lambda: Net(sorted_by_python, rnn=nn.GRU(WIDTH, HIDDEN, batch_first=True), head=head(HIDDEN)),
+        batches(of_lengths(False)), None, None,
     ),
     Entry(
         "linear on packed rows",

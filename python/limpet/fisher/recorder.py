@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from limpet.fisher.layout import candidates
 from limpet.fisher.operands import Operand, Operands
 from limpet.fisher.picks import deciding_values
-from limpet.fisher.rules import OPENED, RULES, Call, Match
+from limpet.fisher.rules import FOLLOWED, OPENED, RULES, Call, Match
 from limpet.fisher.rules.base import Saved
 
 # What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
@@ -90,6 +90,8 @@ class Recorder(TorchFunctionMode):
             if result is not None:
                 return result
         result = func(*args, **kwargs)
+        if func in FOLLOWED:
+            FOLLOWED[func](args, result)
         if not self.operands.compute(everything, result):
             values = deciding_values(func, args, result)
             if values is not None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from limpet.fisher.rules import arithmetic, conv, linear, norm, products, recurrent
 from limpet.fisher.rules.base import Call, Match, Rule
+from limpet.fisher.rules.packed import FOLLOWED
 
 RULES: dict[object, Rule] = {
     **linear.RULES,
@@ -21,4 +22,4 @@ RULES: dict[object, Rule] = {
 # Functions that run as others, under the recorder; None where that does not apply.
 OPENED: dict[object, Callable[..., Any]] = {**recurrent.OPENED, **products.OPENED}
 
-__all__ = ["OPENED", "RULES", "Call", "Match", "Rule"]
+__all__ = ["FOLLOWED", "OPENED", "RULES", "Call", "Match", "Rule"]

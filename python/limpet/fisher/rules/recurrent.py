@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from limpet.fisher.rules.packed import Padding
+
 State = tuple[Tensor, ...]  # (h,), for an LSTM (h, c): [N, H] each
 # (input's gates [N, G], state, weight_hh, bias_hh, projection or None) -> state
 Cell = Callable[[Tensor, State, Tensor, Tensor | None, Tensor | None], State]
@@ -42,38 +44,41 @@ def _plain_cell(activation: Callable[[Tensor], Tensor]) -> Cell:
 
 def _layers(
     cell: Cell,
-    input: Tensor,  # [T, N, I], [N, T, I] or [T, I]
+    input: Tensor,  # [T, N, I]
     initial: State,  # [layers * directions, N, H] each
     weights: Sequence[Tensor],
     has_biases: bool,
     num_layers: int,
     bidirectional: bool,
-    batch_first: bool,
-    projected: bool,
+    padding: Padding | None,  # the steps at which a sample's state stays
 ) -> tuple[Tensor, ...]:  # the output, and the last states
-    one = input.dim() == 2
-    if one:
-        input, initial = input.unsqueeze(1), tuple(s.unsqueeze(1) for s in initial)
-    elif batch_first:
-        input = input.transpose(0, 1)
+    projected = len(initial) == 2 and initial[0].shape[-1] != initial[1].shape[-1]
     of_layer = iter(_by_layer(weights, has_biases, projected))
+    running = None if padding is None else padding.running.unbind(0)
     last: list[State] = []
     for _ in range(num_layers):
         outputs = []
         for reverse in (False, True) if bidirectional else (False,):
             w_ih, w_hh, b_ih, b_hh, projection = next(of_layer)
             state = tuple(s[len(last)] for s in initial)
-            gates = F.linear(input, w_ih, b_ih).unbind(0)
+            gates = F.linear(input, w_ih, b_ih)
             steps = []
-            for step in reversed(gates) if reverse else gates:
-                state = cell(step, state, w_hh, b_hh, projection)
+            for t, step in enumerate((_reversed(gates, padding) if reverse else gates).unbind(0)):
+                after = cell(step, state, w_hh, b_hh, projection)
+                if running is not None:
+                    after = tuple(torch.where(running[t], new, old) for new, old in zip(after, state, strict=True))
+                state = after
                 steps.append(state[0])
-            outputs.append(torch.stack(steps[::-1] if reverse else steps))
+            output = torch.stack(steps)
+            outputs.append(_reversed(output, padding) if reverse else output)
             last.append(state)
         input = torch.cat(outputs, dim=-1)
-    output = input.squeeze(1) if one else input.transpose(0, 1) if batch_first else input
-    final = tuple(torch.stack(states) for states in zip(*last, strict=True))
-    return output, *(s.squeeze(1) if one else s for s in final)
+    return input, *(torch.stack(states) for states in zip(*last, strict=True))
+
+
+def _reversed(steps: Tensor, padding: Padding | None) -> Tensor:  # [T, N, *]
+    """Every sample's steps from its last to its first; padding stays behind them."""
+    return steps.flip(0) if padding is None else steps.gather(0, padding.reverse.expand_as(steps))
 
 
 def _by_layer(
@@ -87,26 +92,53 @@ def _by_layer(
 
 
 def _opened(cell: Cell) -> Callable[..., Any]:
-    def layers(
-        input: Tensor,
+    def padded(
+        input: Tensor,  # [T, N, I], [N, T, I] or [T, I]
         hx: Any,
         weights: Any,
-        has_biases: Any,
+        has_biases: bool,
         num_layers: int,
         dropout: float,
         train: bool,
         bidirectional: bool,
-        batch_first: Any,
+        batch_first: bool,
     ) -> Any:
-        if not isinstance(has_biases, bool) or (train and dropout > 0):
-            return None  # a packed sequence, with the sizes of its steps as second argument, or random
-        initial = hx if isinstance(hx, (tuple, list)) else (hx,)
-        projected = len(initial) == 2 and initial[0].shape[-1] != initial[1].shape[-1]
-        return _layers(
-            cell, input, tuple(initial), weights, has_biases, num_layers, bidirectional, batch_first, projected
-        )
+        if train and dropout > 0:
+            return None
+        initial, one = _state(hx), input.dim() == 2
+        if one:
+            input, initial = input.unsqueeze(1), tuple(s.unsqueeze(1) for s in initial)
+        elif batch_first:
+            input = input.transpose(0, 1)
+        output, *last = _layers(cell, input, initial, weights, has_biases, num_layers, bidirectional, None)
+        output = output.squeeze(1) if one else output.transpose(0, 1) if batch_first else output
+        return output, *(s.squeeze(1) if one else s for s in last)
 
-    return layers
+    def packed(
+        data: Tensor,  # [R, I]
+        batch_sizes: Tensor,
+        hx: Any,
+        weights: Any,
+        has_biases: bool,
+        num_layers: int,
+        dropout: float,
+        train: bool,
+        bidirectional: bool,
+    ) -> Any:
+        if train and dropout > 0:
+            return None
+        padding = Padding(batch_sizes, data.device)
+        initial = tuple(padding.to_batch(s) for s in _state(hx))
+        output, *last = _layers(
+            cell, padding.pad(data), initial, weights, has_biases, num_layers, bidirectional, padding
+        )
+        return padding.pack(output), *(padding.from_batch(s) for s in last)
+
+    return lambda *args: (padded if isinstance(args[3], bool) else packed)(*args)
+
+
+def _state(hx: Any) -> State:
+    return tuple(hx) if isinstance(hx, (tuple, list)) else (hx,)
 
 
 def _single(cell: Cell) -> Callable[..., Any]:
@@ -118,9 +150,7 @@ def _single(cell: Cell) -> Callable[..., Any]:
         b_ih: Tensor | None = None,
         b_hh: Tensor | None = None,
     ) -> Any:
-        state = cell(
-            F.linear(input, w_ih, b_ih), tuple(hx) if isinstance(hx, (tuple, list)) else (hx,), w_hh, b_hh, None
-        )
+        state = cell(F.linear(input, w_ih, b_ih), _state(hx), w_hh, b_hh, None)
         return state if len(state) > 1 else state[0]
 
     return step
