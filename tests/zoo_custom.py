@@ -64,10 +64,32 @@ PRODUCTS = {
     "einsum per head": behind(
         lambda m, h: torch.einsum("nthi,hio->ntho", h.unflatten(-1, (2, -1)), m.w).flatten(2), places=True, w=(2, 4, 4)
     ),
+    "baddbmm, computed": behind(
+        lambda m, h: torch.baddbmm(m.b, h, (2 * m.w).expand(len(h), -1, -1), beta=-0.5, alpha=2),
+        places=True,
+        w=WEIGHT,
+        b=(LENGTH, 1),
+    ),
+    "addmv": behind(lambda m, h: h * torch.addmv(m.b, h, m.v, alpha=2)[:, None], v=SHIFT, b=(1,)),
+    "x @ computed": behind(lambda m, h: h @ m.w.tanh() + (h @ m.v.tanh())[..., None], places=True, w=WEIGHT, v=SHIFT),
+    "einsum, computed": behind(lambda m, h: torch.einsum("nti,oi->nto", h, m.w.tanh()), places=True, w=WEIGHT),
+    "einsum of elements": behind(
+        lambda m, h: h * torch.einsum("nthd,hd->nth", h.unflatten(-1, (2, -1)), m.w).repeat_interleave(4, -1),
+        places=True,
+        w=(2, 4),
+    ),
+    "einsum of a factor": behind(lambda m, h: torch.einsum("i,nti->tni", m.v, h).transpose(0, 1), places=True, v=SHIFT),
+    "einsum of two factors": behind(
+        lambda m, h: torch.einsum("...i,ir,ro->...o", h, m.a, m.b), places=True, a=(WIDTH, 3), b=(3, WIDTH)
+    ),
+    "einsum of factors first": behind(
+        lambda m, h: torch.einsum("ir,ro,nti->nto", m.a, m.b, h), places=True, a=(WIDTH, 3), b=(3, WIDTH)
+    ),
     "einsum of three": behind(lambda m, h: torch.einsum("ni,ijk,nj->nk", h, m.w, h), w=(WIDTH, WIDTH, WIDTH)),
     "tensordot": behind(
         lambda m, h: torch.tensordot(h, m.w, dims=([1, 2], [1, 0]))[:, None], places=True, w=(WIDTH, LENGTH, WIDTH)
     ),
+    "tensordot, one dimension": behind(lambda m, h: torch.tensordot(h, m.w, 1).sum(-1), places=True, w=(8, 8, 2)),
     "inner": behind(lambda m, h: torch.inner(h, m.w), places=True, w=WEIGHT),
     "outer": behind(lambda m, h: h + torch.outer(h.sum(dim=-1), m.v), v=SHIFT),
     "bilinear": behind(lambda m, h: F.bilinear(h, h.sin(), m.w, m.b), w=(WIDTH, WIDTH, WIDTH), b=SHIFT),
@@ -77,6 +99,7 @@ PRODUCTS = {
         lambda m, h: F.conv1d(h.transpose(1, 2), m.w, padding=1).transpose(1, 2), places=True, w=(WIDTH, WIDTH, 3)
     ),
     "distance": behind(lambda m, h: torch.cdist(h, m.w), w=WEIGHT),
+    "distance to prototypes": behind(lambda m, h: (-torch.cdist(h, m.w, p=1.0)).softmax(dim=1) @ m.w, w=(3, WIDTH)),
 }
 
 ARITHMETIC = {
@@ -91,10 +114,18 @@ ARITHMETIC = {
     "log scale": behind(lambda m, h: torch.exp(m.log_scale) * h, log_scale=SHIFT),
     "power": behind(lambda m, h: h.abs().add(0.1) ** m.power, power=SHIFT),
     "gate": behind(lambda m, h: torch.lerp(h, h.flip(-1), torch.sigmoid(m.gate)), gate=SHIFT),
+    "lerp to a parameter": behind(lambda m, h: h.lerp(m.end, 0.3), places=True, end=(LENGTH, WIDTH)),
     "addcmul": behind(lambda m, h: torch.addcmul(m.shift, h, m.scale), scale=SHIFT, shift=SHIFT),
     "in place": behind(lambda m, h: h.clone().mul_(m.scale).add_(m.shift), scale=SHIFT, shift=SHIFT),
     "where": behind(lambda m, h: torch.where(h > 0, h, m.low), low=SHIFT),
+    "where, by a mask": behind(lambda m, h: torch.where(h[..., :1] > 0, m.low, h), places=True, low=(1, 1, WIDTH)),
     "maximum": behind(lambda m, h: torch.maximum(h, m.low), low=SHIFT),
+    "minimum and clamp": behind(
+        lambda m, h: torch.minimum(m.high, h).clamp(min=m.low), places=True, high=(), low=(LENGTH, 1)
+    ),
+    "ties": behind(lambda m, h: torch.maximum(h.round(), m.low.round()), low=SHIFT),
+    "numerator": behind(lambda m, h: m.scale / (h + 2), scale=SHIFT),
+    "base": behind(lambda m, h: m.base.exp() ** h, base=SHIFT),
     "positions": behind(lambda m, h: h + m.positions[: h.shape[1]], places=True, positions=(LENGTH + 2, WIDTH)),
     "gathered": behind(lambda m, h: h + m.table[(h[:, 0] > 0).long()], table=(2, WIDTH)),
     "index_select": behind(lambda m, h: h + m.table.index_select(0, (h[:, 0] > 0).long()), table=(2, WIDTH)),
@@ -170,6 +201,15 @@ def words_with_offsets(m: Net, ids: Tensor) -> Tensor:
     return m.head(torch.tanh(m.bag(ids.flatten(), torch.arange(0, ids.numel(), ids.shape[1]))))
 
 
+def ragged_words(m: Net, ids: Tensor, counts: Tensor) -> Tensor:
+    """Bags of different sizes, some empty; weights where they are summed."""
+    kept = ids[~padding(counts, LENGTH)]
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    weighted = m.bag.mode == "sum"
+    weights = torch.linspace(0.5, 1.5, LENGTH).to(m.bag.weight).expand(len(ids), -1)[~padding(counts, LENGTH)]
+    return m.head(torch.tanh(m.bag(kept, starts if weighted else starts[:-1], weights if weighted else None)))
+
+
 def words_with_weights(m: Net, ids: Tensor, weights: Tensor) -> Tensor:
     return m.head(torch.tanh(m.bag(ids, per_sample_weights=weights)))
 
@@ -185,11 +225,11 @@ def bag(forward: Callable[..., Tensor], **options: Any) -> Callable[[], nn.Modul
     return lambda: Net(forward, bag=nn.EmbeddingBag(VOCABULARY, WIDTH, **options), head=head())
 
 
-PER_SAMPLE_NOT = {"linear, functional", "conv, functional", "normalised"}  # those that rules cover today
+PER_SAMPLE = {"vector product"}  # a call for each sample
 
 ENTRIES = [
     *(
-        Entry(name, make, inputs, None, EVERY if name in PER_SAMPLE_NOT else None)
+        Entry(name, make, inputs, None, None if name in PER_SAMPLE else EVERY)
         for name, (make, inputs) in {**PRODUCTS, **ARITHMETIC}.items()
     ),
     *(
@@ -211,10 +251,17 @@ ENTRIES = [
           batches(lambda n: (torch.randn(n, WIDTH), torch.randn(n, 3))), normal_loss, None),
     Entry("regression", lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.SELU(), nn.Linear(6, 1)),
           batches(lambda n: (torch.randn(n, WIDTH), torch.randn(n, 1))), squared),
-    Entry("embedding bag, sum", bag(words, mode="sum"), WORDS, None, None),
-    Entry("embedding bag, mean", bag(words, mode="mean", padding_idx=2), WORDS, None, None),
-    Entry("embedding bag, max", bag(words, mode="max"), WORDS, None, None),
-    Entry("embedding bag, offsets", bag(words_with_offsets), WORDS, None, None),
+    *(
+        Entry(f"embedding bag, {mode}, {padding}", bag(words, mode=mode, padding_idx=padding), WORDS)
+        for mode in ("sum", "mean", "max")
+        for padding in (None, 2, -1)
+    ),
+    Entry("embedding bag, offsets", bag(words_with_offsets), WORDS),
     Entry("embedding bag, weights", bag(words_with_weights, mode="sum"),
-          batches(lambda n: ((ids(n), torch.rand(n, LENGTH)), classes(n))), None, None),
+          batches(lambda n: ((ids(n), torch.rand(n, LENGTH)), classes(n)))),
+    *(
+        Entry(f"ragged embedding bag, {mode}", bag(ragged_words, mode=mode, include_last_offset=mode == "sum",
+              padding_idx=2), batches(lambda n: ((ids(n), lengths(n) - 1), classes(n))))
+        for mode in ("sum", "mean", "max")
+    ),
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from limpet.fisher.contributions import Contribution, Vector
 from limpet.fisher.operands import Operand
@@ -83,7 +84,7 @@ class Scale(Call):
 
 
 class Expand(Call):
-    """``w`` repeated along new or single dimensions; there is no input."""
+    """``w`` repeated along new or single dimensions; an input says no more than which rows change with which sample."""
 
     function = "expand"
     weight_kind = Vector
@@ -192,7 +193,7 @@ def _in_place(rule: Rule) -> Rule:
     return in_place
 
 
-def _expanded(find: Find, w: Any, sizes: Sequence[int]) -> Match | None:
+def _expanded(find: Find, w: Any, sizes: Sequence[int], beside: Tensor | None = None) -> Match | None:
     name = find(w)
     if name is None:
         return None
@@ -203,7 +204,7 @@ def _expanded(find: Find, w: Any, sizes: Sequence[int]) -> Match | None:
     order = _order(w, len(sizes))
     features = [size for size in w.shape if size != 1]
     call = Expand(name, len(sizes) - len(features), w.detach().reshape(features), [sizes[d] for d in order])
-    return Match(None, call, _restored(order))
+    return Match(None if beside is None else beside.permute(order), call, _restored(order))
 
 
 def expand(find: Find, input: Any, *sizes: Any, implicit: bool = False) -> Match | None:
@@ -217,6 +218,22 @@ def _broadcast_to(find: Find, input: Any, size: Sequence[int]) -> Match | None:
 
 def _expand_as(find: Find, input: Any, other: Tensor) -> Match | None:
     return _expanded(find, input, other.shape)
+
+
+def repeated_beside(w: Tensor, other: Tensor) -> Tensor:  # broadcast against each other, [*] -> [*]
+    """``w.expand_as(other)``, for a function of the elements of both.
+
+    Where that function picks but some of the elements of ``w``, gradients tell little of whose rows are whose; the rows
+    of ``other`` tell more.
+    """
+    if has_torch_function((w, other)):
+        repeated: Tensor = handle_torch_function(repeated_beside, (w, other), w, other)
+        return repeated
+    return w.expand_as(other)
+
+
+def _beside(find: Find, w: Tensor, other: Tensor) -> Match | None:
+    return _expanded(find, w, other.shape, other)
 
 
 def repeat(find: Find, input: Any, *repeats: Any) -> Match | None:
@@ -254,3 +271,4 @@ RULES: dict[object, Rule] = {
     for owner in (torch, Tensor)
     if hasattr(owner, name)
 }
+RULES[repeated_beside] = _beside
