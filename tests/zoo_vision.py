@@ -127,6 +127,12 @@ def video(m: Net, x: Tensor) -> Tensor:  # [N, T, 3, 4, 4]
     return m.head(m.time(h).view(n, 4, WIDTH, -1).mean(dim=(1, 3)))
 
 
+def clips(m: Net, x: Tensor) -> Tensor:  # [N, T, 2, 4, 4, 5]
+    """Convolutions of volumes flattened into the batch, to coarser ones and back."""
+    h = F.relu(m.down(x.flatten(0, 1)))
+    return m.head(torch.tanh(m.up(h)).flatten(2).mean(dim=2).view(*x.shape[:2], -1).mean(dim=1))
+
+
 ENTRIES = [
     Entry("vision transformer", make_vision_transformer, labelled(3, 4, 6), None, None),
     Entry("windows", make_windows, labelled(4, 6, WIDTH), None, None),
@@ -162,5 +168,13 @@ ENTRIES = [
             nn.Linear(6, 5), nn.GELU(), nn.Unflatten(2, (5, 1)), nn.Flatten(2), nn.LayerNorm((WIDTH, 5)), Mean(), head()
         ),
         labelled(WIDTH, 6),
+    ),
+    Entry(
+        "clips",
+        lambda: Net(
+            clips, down=nn.Conv3d(2, 4, (2, 3, 1), stride=(3, 1, 2), padding=(2, 1, 0), dilation=(3, 1, 1)),
+            up=nn.ConvTranspose3d(4, WIDTH, 3, stride=2, padding=1, groups=2), head=head(),
+        ),
+        labelled(3, 2, 4, 4, 5),
     ),
 ]  # fmt: skip

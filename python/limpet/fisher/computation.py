@@ -152,7 +152,7 @@ class Computation:
         slow.update(name for place in behind if operands.changed(place) for name in behind[place])
         kinds: Kinds = defaultdict(lambda: defaultdict(list))
         for key, call, lead in recorder.calls:
-            split = self._split(key, call, lead, samples)
+            split = self._split(key, lead, samples)
             if split is not None:
                 uses.splits[key] = split
             for operand, kind in call.uses():
@@ -213,12 +213,12 @@ class Computation:
                     f"parameter {name!r} has a gradient hook, which would act on each sample's gradient: remove it"
                 )
 
-    def _split(self, key: Key, call: Call, lead: torch.Size, samples: int) -> Split | None:
+    def _split(self, key: Key, lead: torch.Size, samples: int) -> Split | None:
         """How to bring the samples of a call to the front, where that is certain."""
         if samples == 1:
-            return _only_sample if call.accepts(lead.numel()) else None
+            return _only_sample
         layout = self._layouts.get(key)
-        if layout is None or not layout.fits(lead, samples) or not call.accepts(layout.places):
+        if layout is None or not layout.fits(lead, samples):
             return None
         return partial(layout.split, samples=samples)
 

@@ -58,10 +58,6 @@ class Call(ABC):
         if self.bias is not None:
             yield self.bias, self.bias_kind
 
-    def accepts(self, places: int) -> bool:
-        """Whether rows flattened with ``places`` rows per sample can be contracted."""
-        return True
-
     def drop(self, unwanted: Callable[[Operand], bool]) -> None:
         """Contribute nothing to these operands."""
         if self.weight is not None and unwanted(self.weight):

@@ -63,40 +63,46 @@ class Conv(Call):
             self.transposed, self.output_padding, self.groups, (True, False, False),
         )[0]  # fmt: skip
 
-    def accepts(self, places: int) -> bool:
-        """Several places per sample take one more spatial dimension, of which there are three."""
-        return places == 1 or self.w.dim() < 5
-
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
-        d, places = _spatial_places(split(dy), dy.dim())
+        rows = split(dy)
         if self.weight is not None:
-            x, _ = _spatial_places(split(saved[0]), dy.dim())
-            if self.transposed:
-                d, x = x, d
-            one, zero = ([1], [0]) if places else ([], [])
-            yield (
-                self.weight,
-                Convolution(
-                    output_grad=d,
-                    input=x,
-                    kernel_size=one + list(self.w.shape[2:]),
-                    stride=one + self.stride,
-                    padding=zero + self.padding,
-                    dilation=one + self.dilation,
-                    groups=self.groups,
-                ),
-            )
-            if self.transposed:
-                d = x
+            x = split(saved[0])
+            yield self.weight, self._kernel(x, rows) if self.transposed else self._kernel(rows, x)
         if self.bias is not None:
-            yield self.bias, Vector(d, None, 1)
+            yield self.bias, Vector(rows if rows.dim() == dy.dim() else rows.movedim(1, 2), None, 1)
 
+    def _kernel(self, d: Tensor, x: Tensor) -> Convolution:  # [N, O, *], [N, C, *], or with places [N, T, ...]
+        """The contraction of the kernel's gradient; places (frames) become a spatial dimension, of which three are."""
+        one: list[int] = []
+        zero: list[int] = []
+        padding = self.padding
+        if d.dim() > self.w.dim() and d.shape[1] == 1:
+            d, x = d.squeeze(1), x.squeeze(1)
+        elif d.dim() > self.w.dim() and d.dim() < 6:
+            d, x, one, zero = d.movedim(1, 2), x.movedim(1, 2), [1], [0]
+        elif d.dim() == 6:
+            d, x = self._one_depth(d, x)
+            padding = [0, *padding[1:]]
+        return Convolution(
+            output_grad=d,
+            input=x,
+            kernel_size=one + list(self.w.shape[2:]),
+            stride=one + self.stride,
+            padding=zero + padding,
+            dilation=one + self.dilation,
+            groups=self.groups,
+        )
 
-def _spatial_places(rows: Tensor, dims: int) -> tuple[Tensor, bool]:  # [N, C, *] or [N, T, C, *] -> [N, C, *]
-    """Make the places (frames) one more spatial dimension, where there are several; and whether there are."""
-    if rows.dim() == dims:
-        return rows, False
-    return (rows.squeeze(1), False) if rows.shape[1] == 1 else (rows.movedim(1, 2), True)
+    def _one_depth(self, d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Lay volumes one behind another, ``[N, T, C, D, H, W]`` as ``[N, C, T D, H, W]``, each with its padding.
+
+        What would be computed between two of them has no gradient.
+        """
+        stride, padding, reach = self.stride[0], self.padding[0], self.dilation[0] * (self.w.shape[2] - 1)
+        steps = -(-(x.shape[3] + 2 * padding) // stride)  # of each volume
+        x = F.pad(x, (0, 0, 0, 0, padding, steps * stride - x.shape[3] - padding)).movedim(1, 2).flatten(2, 3)
+        d = F.pad(d, (0, 0, 0, 0, 0, steps - d.shape[3])).movedim(1, 2).flatten(2, 3)
+        return d[:, :, : (x.shape[2] - reach - 1) // stride + 1], x
 
 
 def _conv(dims: int, transposed: bool) -> Rule:
