@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import limpet
@@ -94,6 +95,28 @@ def test_lengths_in_descending_order_stay_so() -> None:
     model = Net(forward, rnn=nn.GRU(WIDTH, WIDTH, batch_first=True), head=head()).double()
     x = torch.randn(1, LENGTH, WIDTH, dtype=torch.float64).expand(3, -1, -1)
     batches = [((x, torch.tensor([4, 4, 2])), classes(3))]
+    assert_exact(limpet.diagonal_fisher(model, batches), definition(model, batches), torch.float64)
+
+
+@pytest.mark.parametrize("mode", ["product", "mask"])
+def test_a_square_input_of_all_samples(mode: str) -> None:
+    def forward(m: Net, x: Tensor, shared: Tensor) -> Tensor:
+        h = m.first(x)
+        h = (m.weight * shared) @ h if mode == "product" else F.scaled_dot_product_attention(h, h, x, shared)
+        return m.head(torch.tanh(h).mean(dim=1))
+
+    model = Net(forward, first=nn.Linear(WIDTH, WIDTH), weight=torch.randn(LENGTH, LENGTH), head=head()).double()
+    shared = torch.rand(LENGTH, LENGTH, dtype=torch.float64)
+    x, y = torch.randn(LENGTH, LENGTH, WIDTH, dtype=torch.float64), classes(LENGTH)
+    alone = [((x[n : n + 1], shared), y[n : n + 1]) for n in range(LENGTH)]
+    assert_exact(limpet.diagonal_fisher(model, [((x, shared), y)]), definition(model, alone), torch.float64)
+
+
+def test_a_square_input_of_its_samples_stays_so() -> None:
+    model = Net(lambda m, x, own: m.head(torch.tanh(m.first(x) * own[..., None]).mean(dim=1)), first=nn.Linear(
+        WIDTH, WIDTH), head=head()).double()  # fmt: skip
+    inputs = torch.randn(LENGTH, LENGTH, WIDTH, dtype=torch.float64), torch.rand(LENGTH, LENGTH, dtype=torch.float64)
+    batches = [(inputs, classes(LENGTH))]
     assert_exact(limpet.diagonal_fisher(model, batches), definition(model, batches), torch.float64)
 
 

@@ -98,6 +98,9 @@ PRODUCTS = {
     "conv, functional": behind(
         lambda m, h: F.conv1d(h.transpose(1, 2), m.w, padding=1).transpose(1, 2), places=True, w=(WIDTH, WIDTH, 3)
     ),
+    "bias of the scores": behind(
+        lambda m, h: F.scaled_dot_product_attention(h, h, h, attn_mask=m.bias), places=True, bias=(LENGTH, LENGTH)
+    ),
     "distance": behind(lambda m, h: torch.cdist(h, m.w), w=WEIGHT),
     "distance to prototypes": behind(lambda m, h: (-torch.cdist(h, m.w, p=1.0)).softmax(dim=1) @ m.w, w=(3, WIDTH)),
 }

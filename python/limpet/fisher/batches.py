@@ -16,13 +16,14 @@ from limpet import _checks
 
 @dataclass(frozen=True)
 class Batch:
-    """``size`` samples along the first dimension of every tensor that has that size there."""
+    """``size`` samples along the first dimension of every tensor that has that size there, but for shared ones."""
 
     number: int  # counted from 0, for messages
     inputs: Any
     targets: Any
     samples: Tensor  # int64 [N]: the samples' own numbers, counted over all batches
     drawn: dict[int, Tensor] = field(default_factory=dict)  # labels drawn so far, by a sample's number: int64 [*]
+    shared: frozenset[int] = frozenset()  # id of each input that belongs to all samples, though it has that size
 
     @property
     def size(self) -> int:
@@ -32,21 +33,24 @@ class Batch:
     def take(self, samples: slice | Tensor) -> Batch:
         """Some of the samples, as a smaller batch, with the same labels drawn."""
         inputs, targets = self._index(self.inputs, samples), self._index(self.targets, samples)
-        return Batch(self.number, inputs, targets, self.samples[samples], self.drawn)
+        return Batch(self.number, inputs, targets, self.samples[samples], self.drawn, self.shared)
 
     def _index(self, tree: Any, samples: slice | Tensor) -> Any:
         def pick(t: Tensor) -> Tensor:
-            if t.dim() == 0 or t.shape[0] != self.size:
+            if not self._by_sample(t):
                 return t
             return t[samples] if isinstance(samples, slice) else t[samples.to(t.device)]
 
         return _map(pick, tree)
 
+    def _by_sample(self, tensor: Tensor) -> bool:
+        return tensor.dim() > 0 and tensor.shape[0] == self.size and id(tensor) not in self.shared
+
     def distinct(self, count: int, among: int = 32) -> Tensor:  # int64 [<= count]
         """Up to ``count`` samples with pairwise different inputs where the first ``among`` hold so many."""
         chosen: list[int] = [0]
         others: list[int] = []
-        rows = [t for t in _tensors(self.inputs) if t.dim() > 0 and t.shape[0] == self.size]
+        rows = [t for t in tensors(self.inputs) if self._by_sample(t)]
         for n in range(1, min(self.size, among)):
             new = all(any(not torch.equal(t[n], t[m]) for t in rows) for m in chosen)
             (chosen if new else others).append(n)
@@ -65,7 +69,7 @@ def read(batch: Any, number: int, first: int) -> Batch:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise TypeError(f"batches must give pairs (inputs, targets), got {_checks.describe(batch)} as batch {number}")
     inputs, targets = batch
-    sizes = [[t.shape[0] for t in _tensors(tree) if t.dim() > 0] for tree in (inputs, targets)]
+    sizes = [[t.shape[0] for t in tensors(tree) if t.dim() > 0] for tree in (inputs, targets)]
     if not sizes[0]:
         raise TypeError(f"the inputs of batch {number} must hold a tensor, got {_checks.describe(inputs)}")
     size = (sizes[1] or sizes[0])[0]
@@ -133,15 +137,16 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """Every tensor of a structure of mappings, tuples and lists."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, Mapping):
         for value in tree.values():
-            yield from _tensors(value)
+            yield from tensors(value)
     elif isinstance(tree, (tuple, list)):
         for value in tree:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -22,6 +22,7 @@ from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Split
+from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
 
@@ -51,6 +52,7 @@ class Computation:
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradients."""
         with without_tf32(self._device), _uncompiled():
+            batch = told_apart(self._model, batch, self._objective)
             self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
         self.sums.end_batch()
 

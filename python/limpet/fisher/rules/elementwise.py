@@ -1,4 +1,4 @@
-"""Other functions of each element with a broadcast parameter: of the parameter repeated, which has a rule."""
+"""Functions of each element with a broadcast parameter: of the parameter repeated, which has a rule."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from limpet.fisher.rules.arithmetic import repeated_beside
 
@@ -52,6 +53,21 @@ def cdist(
     return torch.cdist(x1, repeated_beside(x2, beside), p, compute_mode).squeeze(1)
 
 
+def attention(
+    query: Tensor,  # [*, T, D]
+    key: Tensor,  # [*, S, D]
+    value: Tensor,
+    attn_mask: Tensor | None = None,  # broadcasts to [*, T, S]
+    *args: Any,
+    **options: Any,
+) -> Tensor | None:
+    """``F.scaled_dot_product_attention`` with a parameter that is added to the scores."""
+    scores = (*query.shape[:-1], key.shape[-2])
+    if attn_mask is None or not attn_mask.requires_grad or attn_mask.shape == scores:
+        return None
+    return F.scaled_dot_product_attention(query, key, value, attn_mask.expand(scores), *args, **options)
+
+
 # None where it does not apply.
 OPENED: dict[object, Callable[..., Any]] = {
     **{
@@ -61,4 +77,5 @@ OPENED: dict[object, Callable[..., Any]] = {
         if hasattr(owner, name)
     },
     torch.cdist: cdist,
+    F.scaled_dot_product_attention: attention,
 }
