@@ -83,7 +83,8 @@ def test_autocast_of_parameters_that_go_per_sample() -> None:
             self.body, self.centres = nn.Linear(4, 6), nn.Parameter(torch.randn(5, 6))
 
         def forward(self, x: Tensor) -> Tensor:
-            return -torch.cdist(self.body(x).to(self.centres.dtype), self.centres)
+            rows = self.body(x).to(self.centres.dtype)
+            return -torch.cat([torch.cdist(row, self.centres) for row in rows.split(1)])
 
     torch.manual_seed(0)
     model, x, y = Distances(), torch.randn(7, 4), torch.randint(5, (7,))
