@@ -20,7 +20,6 @@ from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
-from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Split
 from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
