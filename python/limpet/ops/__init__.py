@@ -7,10 +7,12 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.path_integral import path_integral_update_
 from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
 
 __all__ = [
     "add_quadratic_penalty_grad_",
+    "path_integral_update_",
     "quadratic_penalty",
     "sum_grad_squared_bias",
     "sum_grad_squared_conv",
