@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.contributions import Contribution
 from limpet.fisher.layout import Layout
+from limpet.fisher.mixing import Mixing
 from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
@@ -43,6 +44,7 @@ class Computation:
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
         self._checked: set[int] = set()  # of each checked batch, the shapes of its calls and what decided (hashed)
         self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
+        self._mixing = Mixing()
         self._loss_scale = LossScale()
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # the parameters that go the per-sample way, from some batch on
@@ -73,6 +75,7 @@ class Computation:
                 recorder, uses, losses = self._forward(batch, sums)
         if probe is not None:
             same_loss(probe.losses, losses.detach()[probe.samples.to(losses.device)], batch, probe.samples)
+            self._mixing.learn(probe.spans, recorder.spans)
         kinds, behind = self._settle(recorder, losses, uses, batch.size)
         checked = self._is_checked(recorder, batch.size)
         check = None
@@ -170,13 +173,14 @@ class Computation:
     def _is_checked(self, recorder: Recorder, samples: int) -> bool:
         """Whether the rows are to be checked in this batch.
 
-        They are where shapes are new, or the values by which rows are picked, and where a call was not seen to depend
-        on its samples.
+        They are where shapes are new, or the values by which rows are picked, where a function combined or moved the
+        rows of several samples, and where a call was not seen to depend on its samples.
         """
         seen = hash((tuple((key, lead) for key, _, lead in recorder.calls), tuple(recorder.decided)))
         known = seen in self._checked
         self._checked.add(seen)
-        return samples > 1 and (not known or any(key in self._doubtful for key, _, _ in recorder.calls))
+        doubtful = any(key in self._doubtful for key, _, _ in recorder.calls)
+        return samples > 1 and (not known or doubtful or self._mixing.possible(recorder.spans, samples))
 
     def _heed(self, check: RowCheck, recorder: Recorder, behind: Behind) -> bool:
         """Let parameters whose rows lie elsewhere go the per-sample way; whether there were any."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.layout import Layout, any_feature, established, rounding, rows_changed
+from limpet.fisher.mixing import Spans
 from limpet.fisher.precision import gradients
 from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.rules import Call
@@ -31,7 +32,7 @@ class Probe:
 
     :attr:`changing` says for each layout which places of a sample were seen to change with it. :attr:`shared` holds the
     calls without a layout whose values do not depend on samples at all; calls that cannot have one are added to
-    ``declined`` at once.
+    ``declined`` at once. :attr:`spans` are those of another number of samples than the batch's.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Probe:
             one[_TRACED] = 1
             gradients(losses, traced.anchor, one)
         constant = traced.constant
+        self.spans: Spans = traced.spans if few.size < batch.size else self._spans(batch.take(torch.tensor([0, 1, 1])))
         del losses, traced
         mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if few.size > 2 else 0))]
 
@@ -80,6 +82,11 @@ class Probe:
 
     def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
         self._reached[key].append((_TRACED, any_feature(dy != 0, call.lead)))
+
+    def _spans(self, samples: Batch) -> Spans:
+        with Recorder(self._names, self._declined, self._note_gradient) as recorder:
+            losses_of(self._model, samples, self._objective)
+        return recorder.spans
 
     def _replace(self, sample: int, by: int) -> bool:
         """Run with one sample replaced; note what changed, and say whether another sample's loss did."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import FunctionType
@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from limpet.fisher.layout import candidates
+from limpet.fisher.mixing import Span, span
 from limpet.fisher.operands import Operand, Operands
 from limpet.fisher.picks import deciding_values
 from limpet.fisher.rules import FOLLOWED, OPENED, RULES, Call, Match
@@ -49,6 +50,7 @@ class Recorder(TorchFunctionMode):
         operands: what stood in a parameter's place.
         constant: the calls whose input does not depend on anything but parameters and data.
         decided: the values by which the model may have decided which row is whose.
+        spans: by function, the sizes along which its calls combined or moved rows.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Recorder(TorchFunctionMode):
         self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
         self.constant: set[Key] = set()
         self.decided: list[object] = []
+        self.spans: defaultdict[str, list[Span]] = defaultdict(list)
         self._declined, self._probe = declined, probe
         self._seen: Counter[tuple[Any, ...]] = Counter()
 
@@ -96,6 +99,9 @@ class Recorder(TorchFunctionMode):
             values = deciding_values(func, args, result)
             if values is not None:
                 self.decided.append(values)
+            along = span(func, args, kwargs)
+            if along is not None:
+                self.spans[along[0]].append(along[1])
         return result
 
     def _record(self, match: Match) -> Tensor | None:
