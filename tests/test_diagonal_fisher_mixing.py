@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -96,6 +96,8 @@ MOVES: dict[str, Move] = {
     "addmm, named": lambda p, x: torch.addmm(torch.zeros_like(x), mat1=p, mat2=x),
     "addbmm": lambda p, x: torch.addbmm(torch.zeros_like(x), p.t().unsqueeze(2), x.unsqueeze(1)),
     "linear": lambda p, x: F.linear(p, x.t()),
+    "linear, named": lambda p, x: F.linear(weight=p, input=x.t()).t(),
+    "solve, named": lambda p, x: torch.linalg.solve(B=x, A=p.t()),
     "einsum": lambda p, x: torch.einsum("s n, n ... -> s ...", p, x),
     "einsum, implicit": lambda p, x: torch.einsum("sn,nt", p, x),
     "einsum, by lists": lambda p, x: torch.einsum(p, [0, 1], x, [1, ...], [0, ...]),
@@ -195,3 +197,78 @@ def rolled_by_a_number(m: Net, x: Tensor) -> Tensor:
 def test_rows_that_are_flipped_or_rolled(forward: Callable[..., Tensor], order: str) -> None:
     model, batches = net(forward), ORDERS[order]()
     assert_exact(limpet.diagonal_fisher(model, batches), definition(model, batches), torch.float64)
+
+
+# --- models whose samples stay apart ---------------------------------------------------------------------------------
+
+N, LONG = 4, 8  # every length and width is a multiple of the number of samples
+
+
+def padded_text(n: int = N) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """Tokens, and which of them count: others in each batch."""
+    kept = torch.arange(LONG) < torch.randint(1, LONG + 1, (n, 1))
+    return (torch.randn(n, LONG, WIDTH), kept), classes(n)
+
+
+def encoder() -> nn.Module:
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 2 * WIDTH, dropout=0.0, batch_first=True)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+
+def encoded(m: Net, x: Tensor, kept: Tensor) -> Tensor:
+    return m.head(m.encoder(x, src_key_padding_mask=~kept)[:, 0])
+
+
+def attention_by_hand(m: Net, x: Tensor, kept: Tensor) -> Tensor:
+    """With a mask that is read by constant indices, and positions that leave the padding out."""
+    x = x + m.positions((kept.cumsum(1) * kept).long())
+    allowed = kept[torch.arange(len(x)).view(-1, 1, 1), torch.arange(LONG).view(1, 1, -1)]
+    weights = torch.softmax((m.first(x) @ x.mT).masked_fill(~allowed, -torch.inf), dim=-1)
+    return m.head((weights @ x).amax(dim=1))
+
+
+def pooled(m: Net, x: Tensor, kept: Tensor) -> Tensor:
+    """A mean by a batched product, and one by a sum."""
+    h = torch.tanh(m.first(x))
+    by_product = torch.bmm(kept.unsqueeze(1).to(h), h).squeeze(1)
+    return m.head((by_product + (h * kept.unsqueeze(-1)).sum(dim=1)) / kept.sum(dim=1, keepdim=True))
+
+
+def on_a_graph(m: Net, x: Tensor, kept: Tensor) -> Tensor:
+    """Dense adjacency matrices, and a transform of the data that is built in forward."""
+    edges = (kept.unsqueeze(1) & kept.unsqueeze(2)).to(x)
+    x = torch.einsum("ntd,de->nte", x, torch.eye(WIDTH) - 1 / WIDTH).flip(-1)
+    h = m.first(edges @ x)
+    return m.head((h * (h > 0)).logsumexp(1))
+
+
+ORDINARY: dict[str, Callable[[], nn.Module]] = {
+    "encoder": lambda: Net(encoded, encoder=encoder(), head=head()),
+    "attention by hand": lambda: Net(attention_by_hand, first=nn.Linear(WIDTH, WIDTH),
+                                     positions=nn.Embedding(LONG + 1, WIDTH), head=head()),
+    "pooled": lambda: Net(pooled, first=nn.Linear(WIDTH, WIDTH), head=head()),
+    "graph": lambda: Net(on_a_graph, first=nn.Linear(WIDTH, WIDTH), head=head()),
+}  # fmt: skip
+
+
+def checks(monkeypatch: pytest.MonkeyPatch, model: nn.Module, batches: Batches) -> list[int]:
+    """The sizes of the batches whose rows were checked."""
+    checked: list[int] = []
+    monkeypatch.setattr(
+        "limpet.fisher.computation.RowCheck",
+        lambda losses, *rest: checked.append(len(losses)) or RowCheck(losses, *rest),
+    )
+    limpet.diagonal_fisher(model, batches)
+    return checked
+
+
+@pytest.mark.parametrize("name", ORDINARY)
+def test_other_values_alone_set_off_no_check(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    batches = [padded_text() for _ in range(5)] + [padded_text(8), padded_text(8)]
+    assert checks(monkeypatch, ORDINARY[name](), batches) == [N, 8]
+
+
+def test_rows_that_may_change_places_are_checked_in_every_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net(moved(MOVES["@"]))
+    assert checks(monkeypatch, model, [in_order() for _ in range(3)]) == [6, 6, 6]

@@ -49,34 +49,27 @@ def span(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[s
     read = _SPANS.get(name)
     if read is None:
         return None
-    sizes = read(*args, **kwargs)
+    try:
+        sizes = read(*args, **kwargs)
+    except (TypeError, ValueError):  # arguments named otherwise: any dimension may be the one
+        sizes = tuple(size for one in (*args, *kwargs.values()) if isinstance(one, Tensor) for size in one.shape)
     return None if sizes is None else (name, sizes)
 
 
 # --- the sizes, by arguments named as the functions name them --------------------------------------------------------
 
 
-def _of_first(first: Tensor, *_: Any, **__: Any) -> Span:  # [*, M, K] @ [*, K, N]
-    return first.shape[-1:]
+def _of_first(input: Tensor, *_: Any, **__: Any) -> Span:  # [*, M, K] @ [*, K, N]
+    return input.shape[-1:]
 
 
 def _of_right(right: Tensor, *_: Any) -> Span:  # __rmatmul__
     return right.shape[-2:-1] if right.dim() > 1 else right.shape
 
 
-def _of_second(
-    input: Tensor,
-    first: Tensor | None = None,
-    *_: Any,
-    mat1: Tensor | None = None,
-    mat: Tensor | None = None,
-    batch1: Tensor | None = None,
-    **__: Any,
-) -> Span:  # addmm and its like; batch1's batches are summed by addbmm
-    for one in (first, mat1, mat, batch1):
-        if isinstance(one, Tensor):
-            return one.shape[-1:]
-    return input.shape
+def _of_second(input: Tensor, *rest: Tensor, **named: Any) -> Span:  # addmm and its like
+    first = rest[0] if rest else next(named[name] for name in ("mat1", "mat", "batch1") if name in named)
+    return tuple(first.shape[-1:])
 
 
 def _of_addbmm(input: Tensor, batch1: Tensor, *_: Any, **__: Any) -> Span:
@@ -135,7 +128,9 @@ def _of_convolution(input: Tensor, *_: Any, **__: Any) -> Span:  # with a kernel
     return tuple(input.shape[1:])
 
 
-def _of_reduction(input: Tensor, dim: Any = None, *_: Any, axis: Any = None, other: Any = None, **__: Any) -> Span | None:
+def _of_reduction(
+    input: Tensor, dim: Any = None, *_: Any, axis: Any = None, other: Any = None, **__: Any
+) -> Span | None:
     dims = axis if dim is None else dim
     if isinstance(dims, Tensor) or other is not None:  # the larger of two
         return None
@@ -166,8 +161,8 @@ def _sizes(tensor: Tensor, dims: Any) -> Span:
 
 
 _READERS: dict[Callable[..., Span | None], tuple[str, ...]] = {
-    _of_first: ("matmul", "__matmul__", "mm", "bmm", "mv", "dot", "vdot", "inner", "linear", "_sparse_mm", "smm", "hspmm",
-                "linalg_matmul", "linalg_vecdot", "linalg_solve", "linalg_lstsq", "linalg_solve_triangular"),
+    _of_first: ("matmul", "__matmul__", "mm", "bmm", "mv", "dot", "vdot", "inner", "linear", "_sparse_mm", "smm",
+                "hspmm", "linalg_matmul", "linalg_vecdot", "linalg_solve", "linalg_lstsq", "linalg_solve_triangular"),
     _of_right: ("__rmatmul__",),
     _of_second: ("addmm", "addmv", "baddbmm", "addmm_", "addmv_", "baddbmm_", "sspaddmm"),
     _of_addbmm: ("addbmm", "addbmm_"),
@@ -177,8 +172,8 @@ _READERS: dict[Callable[..., Span | None], tuple[str, ...]] = {
     _of_attention: ("scaled_dot_product_attention",),
     _of_convolution: tuple(f"conv{transposed}{d}d" for transposed in ("", "_transpose") for d in (1, 2, 3)),
     _of_reduction: ("sum", "nansum", "mean", "nanmean", "prod", "amax", "amin", "max", "min", "aminmax", "median",
-                    "nanmedian", "mode", "any", "all", "count_nonzero", "logsumexp", "std", "var", "std_mean", "var_mean",
-                    "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
+                    "nanmedian", "mode", "any", "all", "count_nonzero", "logsumexp", "std", "var", "std_mean",
+                    "var_mean", "cumsum", "cumprod", "cummax", "cummin", "logcumsumexp"),
     _of_norm: ("norm", "linalg_norm", "linalg_vector_norm"),
     _of_flip: ("flip",),
     _of_roll: ("roll",),

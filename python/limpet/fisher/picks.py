@@ -7,7 +7,7 @@ batches in which those values are the same, too: constant positions are checked 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
 
@@ -24,22 +24,24 @@ _MOVES = (
     *("repeat_interleave", "scatter", "scatter_add", "scatter_reduce", "take", "take_along_dim"),
     *("_pack_padded_sequence", "_pad_packed_sequence"),
 )
-_COUNTS = ("bincount", "cumprod", "cumsum", "histc", "multinomial", "one_hot")  # what dispatch matrices are made of
+_COUNTS = ("bincount", "histc", "multinomial")
 _NUMBERS = ("__bool__", "__float__", "__index__", "__int__", "item", "numpy", "tolist")  # what Python may decide by
-_NAMES = frozenset({*_SEARCHES, *_MOVES, *_COUNTS, *_NUMBERS, *(f"{name}_" for name in _MOVES)})
 _INDEXING = frozenset({"__getitem__", "__setitem__"})
+_MOVING = frozenset({*_MOVES, *(f"{name}_" for name in _MOVES), *_INDEXING})
+_NAMES = frozenset({*_MOVING, *_SEARCHES, *_COUNTS, *_NUMBERS}) - _INDEXING
 _unlike = count()  # numbers that stand for values which nothing is known of
 
 
-def deciding_values(func: Any, args: tuple[Any, ...], result: Any) -> object | None:
+def deciding_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> object | None:
     """What identifies the values by which a call may decide which row is whose; None if it cannot.
 
     They are integers, truth values and Python's numbers, as arguments or as the result; without any, what is equal to
-    nothing else.
+    nothing else. What is moved by an index says nothing of where to: a padding mask may differ in each batch.
     """
     if not _picks_rows(func, args):
         return None
-    values = tuple(_values((args, result)))
+    moves = len(args) > 1 and func.__name__ in _MOVING
+    values = tuple(_values((*(args[1:] if moves else args), *kwargs.values(), None if moves else result)))
     return values or _unknown()
 
 

@@ -96,7 +96,7 @@ class Recorder(TorchFunctionMode):
         if func in FOLLOWED:
             FOLLOWED[func](args, result)
         if not self.operands.compute(everything, result):
-            values = deciding_values(func, args, result)
+            values = deciding_values(func, args, kwargs, result)
             if values is not None:
                 self.decided.append(values)
             along = span(func, args, kwargs)
