@@ -25,7 +25,7 @@ _BATCHED = (
     "labels='batched' squares the mean gradient of each batch. That is not the Fisher information: its size and its "
     "pattern depend on the batch size. It is here to reproduce old results; 'data', 'sampled' and 'expected' are exact"
 )
-_STATE = ("labels", "seed", "num_samples", "num_batches", "routes", "running", "totals")
+_STATE = ("labels", "seed", "num_samples", "num_batches", "loss_scale", "routes", "running", "totals")
 
 
 class FisherAccumulator:
@@ -169,17 +169,11 @@ class FisherAccumulator:
             RuntimeError: an :meth:`add` was interrupted, or a gradient was not finite.
         """
         self._require_whole()
-        sums = self._computation.sums
-        sums.check()
-        return {
-            "labels": self._labels,
-            "seed": self._seed,
-            "num_samples": self._num_samples,
-            "num_batches": sums.batches,
-            "routes": self._routes(),
-            "running": {name: total.clone() for name, total in sums.running.items()},
-            "totals": {name: total.clone() for name, total in sums.totals.items()},
-        }
+        self._computation.sums.check()
+        state = {"labels": self._labels, "num_samples": self._num_samples, **self._progress()}
+        for key in ("running", "totals"):
+            state[key] = {name: total.clone() for name, total in state[key].items()}
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Become what the accumulator was that gave this :meth:`state_dict`, and go on bit for bit, draws included.
@@ -189,7 +183,7 @@ class FisherAccumulator:
             ValueError: the labels, or the names or shapes of the parameters, are others. Nothing has changed then.
         """
         read = self._read_state("state", state)
-        self._restart(read["seed"], read["running"], read["totals"], read["num_batches"], read["routes"])
+        self._restart(read)
         self._seed, self._num_samples = read["seed"], read["num_samples"]
 
     def __repr__(self) -> str:
@@ -205,7 +199,7 @@ class FisherAccumulator:
 
     def _add(self, batch: Batch, check: Callable[[], None] | None) -> None:
         """Add a batch that was read, within :func:`buffers_kept`; ``check`` may still refuse it."""
-        running, routes = self._computation.sums.running, self._routes()
+        running, before = self._computation.sums.running, self._progress()
         running.touched = False
         self._torn = batch.number
         try:
@@ -215,8 +209,7 @@ class FisherAccumulator:
                 check()
         except BaseException as error:
             if not running.touched:  # as if the batch had not come; a layout found on it may be wrong
-                sums = self._computation.sums
-                self._restart(self._seed, running, sums.totals, sums.batches, routes)
+                self._restart(before)
             if isinstance(error, CheckpointError):
                 raise RuntimeError(
                     "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
@@ -226,19 +219,25 @@ class FisherAccumulator:
         self._num_samples += batch.size
         self._torn = None
 
-    def _restart(
-        self,
-        seed: int,
-        running: Mapping[str, Tensor],
-        totals: Mapping[str, Tensor],
-        batches: int,
-        routes: Mapping[str, str],
-    ) -> None:
-        """Go on from these sums; what was found out about the model is forgotten."""
-        computation = self._new_computation(seed)
-        computation.sums.load(running, totals, batches)
+    def _progress(self) -> dict[str, Any]:
+        """What :meth:`_restart` goes on from; nothing is copied."""
+        computation = self._computation
+        return {
+            "seed": self._seed,
+            "num_batches": computation.sums.batches,
+            "loss_scale": computation.loss_scale.scale,
+            "routes": self._routes(),
+            "running": computation.sums.running,
+            "totals": computation.sums.totals,
+        }
+
+    def _restart(self, progress: Mapping[str, Any]) -> None:
+        """Go on from there; what was found out about the model is forgotten."""
+        computation = self._new_computation(progress["seed"])
+        computation.sums.load(progress["running"], progress["totals"], progress["num_batches"])
+        computation.loss_scale.scale = progress["loss_scale"]
         self._computation, self._torn = computation, None
-        self._take_over(routes)
+        self._take_over(progress["routes"])
 
     def _routes(self) -> dict[str, str]:
         slow, materialised = self._computation.slow, self._computation.materialised
@@ -291,9 +290,10 @@ class FisherAccumulator:
             raise ValueError(
                 f"{name} must hold sums for labels={self._labels!r}, got {_checks.describe(state['labels'])}"
             )
-        read = {"seed": _seed(f"{name}['seed']", state["seed"])}
+        read: dict[str, Any] = {"seed": _seed(f"{name}['seed']", state["seed"])}
         for key in ("num_samples", "num_batches"):
             read[key] = _checks.integer(f"{name}[{key!r}]", state[key], minimum=0)
+        read["loss_scale"] = _checks.finite_number(f"{name}['loss_scale']", state["loss_scale"], minimum=1.0)
         sums = {key: _tensors(f"{name}[{key!r}]", state[key], self._params) for key in ("running", "totals")}
         routes = state["routes"]
         if not isinstance(routes, Mapping) or routes.keys() != self._params.keys() or set(routes.values()) - {*ROUTES}:

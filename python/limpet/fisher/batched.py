@@ -30,13 +30,13 @@ class Batched:
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # none
         self.materialised: set[str] = set()  # none
-        self._loss_scale = LossScale()
+        self.loss_scale = LossScale()
         self._apart = False  # whether samples were seen not to interact
 
     def add(self, batch: Batch) -> None:
         """Add one batch's squared gradient."""
         with without_tf32(next(iter(self._params.values())).device):
-            self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
+            self.loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
         self.sums.end_batch()
 
     def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:

@@ -45,7 +45,7 @@ class Computation:
         self._checked: set[int] = set()  # of each checked batch, the shapes of its calls and what decided (hashed)
         self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
         self._mixing = Mixing()
-        self._loss_scale = LossScale()
+        self.loss_scale = LossScale()
         self.sums = Sums(params)
         self.slow: dict[str, Tensor] = {}  # the parameters that go the per-sample way, from some batch on
         self.materialised: set[str] = set()  # those whose per-sample gradients are formed in some batch
@@ -54,7 +54,7 @@ class Computation:
         """Add one batch's squared gradients."""
         with without_tf32(self._device), _uncompiled():
             batch = told_apart(self._model, batch, self._objective)
-            self._loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
+            self.loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
         self.sums.end_batch()
 
     def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:

@@ -101,9 +101,7 @@ def _of_einsum(equation: Any, *operands: Any) -> Span:
     size: dict[Any, int] = {}
     times: dict[Any, int] = {}
     for term, tensor in zip(terms, tensors, strict=True):
-        dots = "..." if isinstance(term, str) else ...
-        named = term.replace("...", ".") if isinstance(term, str) else term
-        before, after = _around(named, "." if isinstance(term, str) else dots)
+        before, after = _around(*((term.replace("...", "."), ".") if isinstance(term, str) else (term, ...)))
         labels = [*zip(before, tensor.shape, strict=False)]
         labels += [*zip(reversed(after), reversed(tensor.shape), strict=False)]
         for label, length in labels:

@@ -30,10 +30,13 @@ class LossScale:
     """Keeps float16 gradients from vanishing: losses are multiplied before backward, squared gradients divided.
 
     The scale is halved until no gradient of the batch overflows (Micikevicius et al. 2018, section 3.2).
+
+    Attributes:
+        scale: a power of two; the next batch's losses are multiplied by it.
     """
 
     def __init__(self) -> None:
-        self._scale = _FIRST_SCALE
+        self.scale = _FIRST_SCALE
 
     def add(
         self,
@@ -47,13 +50,13 @@ class LossScale:
             return
         while True:
             squares = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
-            add_scaled(squares, self._scale)
+            add_scaled(squares, self.scale)
             finite = all(bool(torch.isfinite(square).all()) for square in squares.values())
-            if finite or self._scale <= 1:
+            if finite or self.scale <= 1:
                 break
-            self._scale /= 2
+            self.scale /= 2
         for name, square in squares.items():
-            sums[name].add_(square, alpha=self._scale**-2)
+            sums[name].add_(square, alpha=self.scale**-2)
 
 
 def _is_half(params: Mapping[str, Tensor]) -> bool:
