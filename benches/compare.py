@@ -81,7 +81,7 @@ def summarize(
 ) -> Row:
     """The row of a finished comparison; ``scale`` turns the baseline's seconds into the floor's."""
     mine = ratios(seconds, ours, baseline, scale)
-    low, _, high = statistics.quantiles(mine, n=4) if len(mine) > 1 else (mine[0],) * 3
+    low, _, high = statistics.quantiles(mine, n=4, method="inclusive") if len(mine) > 1 else (mine[0],) * 3
     peers = {
         name: statistics.median(ratios(seconds, name, baseline, scale))
         for name in seconds

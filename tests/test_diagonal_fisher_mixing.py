@@ -256,7 +256,7 @@ def checks(monkeypatch: pytest.MonkeyPatch, model: nn.Module, batches: Batches) 
     checked: list[int] = []
     monkeypatch.setattr(
         "limpet.fisher.computation.RowCheck",
-        lambda losses, *rest: checked.append(len(losses)) or RowCheck(losses, *rest),
+        lambda losses, *rest, **options: checked.append(len(losses)) or RowCheck(losses, *rest, **options),
     )
     limpet.diagonal_fisher(model, batches)
     return checked

@@ -156,7 +156,7 @@ def measure(problem: Problem, methods: Sequence[Method], seconds: float, want: V
         if made is None:
             continue
         found = ratios(took, row.method, "", made.batches)
-        low, _, high = statistics.quantiles(found, n=4)
+        low, _, high = statistics.quantiles(found, n=4, method="inclusive")
         row.ratio, row.quartiles = statistics.median(found), (low, high)
         row.milliseconds = 1e3 * statistics.median(took[row.method]) / made.batches
     return {
