@@ -122,8 +122,6 @@ class Computation:
             probe = Probe(self._model, batch, self._objective, self._names, self._declined)
             self._layouts.update(probe.layouts)
             self._changing.update(probe.changing)
-            if probe.samples.numel() == batch.size:  # a dimension of that size may be another one
-                self._doubtful.update(key for key, places in probe.changing.items() if not places.any())
             if not probe.shared:
                 break
             self._declined |= probe.shared

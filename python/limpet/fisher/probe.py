@@ -1,8 +1,8 @@
 """Find out which rows of each call belong to which sample, on a few samples of a batch.
 
-The samples are run together; then two of them in turn are replaced by another one, and every row that changes was
-touched by the replaced sample; and the gradient of one sample's loss shows the rows through which that loss is
-reached. A layout must explain all of it.
+The samples are run together (of a batch of two, one of them twice); then two of them in turn are replaced by another
+one, and every row that changes was touched by the replaced sample; and the gradient of one sample's loss shows the rows
+through which that loss is reached. A layout must explain all of it.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Probe:
         self._changed: dict[Key, Evidence] = defaultdict(list)
         self._reached: dict[Key, Evidence] = defaultdict(list)
 
-        # Fewer than the batch holds, so that what grows with the number of samples is seen to.
-        self.samples = batch.distinct(max(2, min(_SAMPLES, batch.size - 1)))
+        # Not as many as the batch holds, so that what grows with the number of samples is seen to.
+        self.samples = batch.distinct(min(_SAMPLES, batch.size - 1)) if batch.size > 2 else torch.tensor([0, 1, 1])
         few = batch.take(self.samples)
         traced = Recorder(names, declined, self._note_gradient, self._remember, few.size)
         with traced:
@@ -57,9 +57,9 @@ class Probe:
             one[_TRACED] = 1
             gradients(losses, traced.anchor, one)
         constant = traced.constant
-        self.spans: Spans = traced.spans if few.size < batch.size else self._spans(batch.take(torch.tensor([0, 1, 1])))
+        self.spans: Spans = traced.spans
         del losses, traced
-        mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if few.size > 2 else 0))]
+        mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if batch.size > 3 else 0))]
 
         self.layouts: dict[Key, Layout | None] = {
             key: self._established(key, self._changed[key] + self._reached[key]) for key in self._lead
@@ -82,11 +82,6 @@ class Probe:
 
     def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
         self._reached[key].append((_TRACED, any_feature(dy != 0, call.lead)))
-
-    def _spans(self, samples: Batch) -> Spans:
-        with Recorder(self._names, self._declined, self._note_gradient) as recorder:
-            losses_of(self._model, samples, self._objective)
-        return recorder.spans
 
     def _replace(self, sample: int, by: int) -> bool:
         """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
