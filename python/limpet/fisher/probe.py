@@ -41,7 +41,7 @@ class Probe:
         self._names, self._model, self._objective, self._batch = names, model, objective, batch
         self._declined = declined
         self._lead: dict[Key, torch.Size] = {}
-        self._before: dict[Key, tuple[Tensor | None, Tensor]] = {}
+        self._before: dict[Key, Tensor] = {}
         self._changed: dict[Key, Evidence] = defaultdict(list)
         self._reached: dict[Key, Evidence] = defaultdict(list)
 
@@ -77,8 +77,9 @@ class Probe:
             self._refuse()
 
     def _remember(self, key: Key, call: Call, x: Tensor | None, y: Tensor) -> None:
+        # The input: a row of the output comes from its row alone. A later function may change it in place.
         self._lead[key] = y.shape[: call.lead]
-        self._before[key] = None if x is None else x.clone(), y.clone()  # a later function may change them in place
+        self._before[key] = (y if x is None else x).clone()
 
     def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
         self._reached[key].append((_TRACED, any_feature(dy != 0, call.lead)))
@@ -92,14 +93,9 @@ class Probe:
         def compare(key: Key, call: Call, x: Tensor | None, y: Tensor) -> None:
             if key not in self._before:
                 return
-            changed = torch.zeros(self._lead[key], dtype=torch.bool, device=y.device)
-            for before, after in zip(self._before[key], (x, y), strict=True):
-                if before is None or after is None:
-                    continue
-                if before.shape != after.shape:  # it depends on the samples how many rows there are: nothing is learnt
-                    return
-                changed |= rows_changed(before, after, call.lead)
-            self._changed[key].append((sample, changed))
+            before, after = self._before[key], y if x is None else x
+            if before.shape == after.shape:  # else it depends on the samples how many rows there are: nothing is learnt
+                self._changed[key].append((sample, rows_changed(before, after, call.lead)))
 
         with Recorder(self._names, self._declined, self._note_gradient, compare, few.size):
             losses = losses_of(self._model, few, self._objective).detach()
