@@ -12,7 +12,7 @@ EVERY_OP = """
 import itertools, os, sys
 import torch
 sys.path.insert(0, os.environ["TESTS"])
-import test_fisher_ops, test_quadratic
+import test_fisher_ops, test_path_integral, test_quadratic
 from op_cases import CHANNELS, CONV, DTYPES, LINEAR
 from limpet import _core
 assert _core.build_info()["instruction_set"] == os.environ["LIMPET_CPU"]
@@ -27,6 +27,8 @@ for dtype in DTYPES:
     test_fisher_ops.test_embedding(dtype, 2)
 for dtypes in [(torch.float64,) * 3, *itertools.product(test_quadratic.NARROW, repeat=3)]:
     test_quadratic.test_value_and_gradient_match_float64(dtypes)
+for dtypes in test_path_integral.STORED:
+    test_path_integral.test_matches_float64(dtypes)
 print("every op agrees")
 """
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "path_integral_tensor.h"
 #include "quadratic_tensor.h"
 
 namespace limpet::cpu {
@@ -66,6 +67,8 @@ struct Kernels {
   void (*sum_grad_squared_conv)(const ConvArgs&);
   void (*sum_grad_squared_channel)(const ChannelArgs&);
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);
+  // integral -= (grad - strength F (previous - anchor)) (theta - previous); previous = theta.
+  void (*path_integral)(const PathIntegralTensor* tensors, std::int64_t count, double strength, int threads);
 };
 
 // The table in use, and its name: the best that the processor has, or the one LIMPET_CPU asks for.

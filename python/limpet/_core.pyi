@@ -100,3 +100,22 @@ def sum_grad_squared_embedding(
     threads: int,
     /,
 ) -> None: ...
+
+class PathIntegralLists:
+    def __init__(
+        self,
+        integral: Sizes,
+        previous: Sizes,
+        theta: Sizes,
+        grad: Sizes,
+        anchor: Sizes,
+        importance: Sizes,
+        numel: Sizes,
+        theta_dtype: Sizes,
+        anchor_dtype: Sizes,
+        importance_dtype: Sizes,
+        /,
+    ) -> None: ...
+
+def path_integral(lists: PathIntegralLists, strength: float, threads: int, /) -> None: ...
+def cuda_path_integral(lists: PathIntegralLists, strength: float, device: int, stream: int, /) -> None: ...

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,39 @@ def threads() -> int:
 def workspace(size: int, device: torch.device) -> Tensor:  # [size] bytes
     """Scratch memory from torch's allocator, aligned to 64 bytes."""
     return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def flat(
+    lists: Sequence[Sequence[Tensor]],  # of tensors [*]; the k-th of each list have one shape
+    written: int,
+) -> tuple[list[list[Tensor]], list[tuple[Tensor, Tensor]]]:
+    """Bring the k-th tensors of all lists into one order in memory, without gaps, for kernels that pair them flat.
+
+    What lies in memory alike stays where it is; the others are copied.
+
+    Args:
+        lists: one tensor of each parameter; an empty list stands for none.
+        written: so many of the first lists are written by the kernel.
+
+    Returns:
+        The lists to launch with, and what to copy back after it: pairs ``(to, from)``.
+    """
+    result = [list(tensors) for tensors in lists]
+    copies = []
+    for k in range(len(lists[0])):
+        if _lie_alike([tensors[k] for tensors in lists if tensors]):
+            continue
+        for index, tensors in enumerate(lists):
+            if tensors:
+                result[index][k] = tensors[k].contiguous()
+                if index < written and result[index][k] is not tensors[k]:
+                    copies.append((tensors[k], result[index][k]))
+    return result, copies
+
+
+def _lie_alike(tensors: Sequence[Tensor]) -> bool:
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    first = tensors[0]
+    dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+    return dense and all(t.stride() == first.stride() for t in tensors)

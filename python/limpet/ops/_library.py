@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,24 +23,25 @@ def define(schema: str, *, default: Callable[..., Any], fake: Callable[..., Any]
     torch.library.register_fake(f"limpet::{name}", fake, lib=LIBRARY)
 
 
-def serve_by_triton(name: str, module: str) -> None:
+def serve_by_triton(name: str, module: str, keys: Sequence[str] = ("CUDA", "XPU")) -> None:
     """Serve ``limpet::<name>`` on GPUs by the launcher of that name in ``module``, imported at the first call.
 
-    The CUDA key is AMD's too. Tensors of float64, which are there for testing, stay with the reference, and so does
-    everything where triton is not installed.
+    The CUDA key is AMD's too. The first argument, a tensor or a list of them, says where to launch. Float64, which is
+    there for testing, stays with the reference, and so does everything where triton is not installed.
     """
     if importlib.util.find_spec("triton") is None:
         return
     reference = DEFAULTS[name]
 
-    def launch(total: Tensor, *args: Any) -> None:
-        if total.dtype == torch.float64:
+    def launch(total: Tensor | Sequence[Tensor], *args: Any) -> None:
+        totals = [total] if isinstance(total, Tensor) else total
+        if any(t.dtype == torch.float64 for t in totals):
             reference(total, *args)
             return
         launcher = getattr(importlib.import_module(module), name)
-        device = total.device
+        device = totals[0].device
         with torch.get_device_module(device).device(device):  # triton launches on the current device
             launcher(total, *args)
 
-    for key in ("CUDA", "XPU"):
+    for key in keys:
         LIBRARY.impl(name, launch, key)

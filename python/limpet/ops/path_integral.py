@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limpet import _checks, reference
-from limpet.ops._library import define
+from limpet import _checks, _core, _launch, reference
+from limpet.ops._library import LIBRARY, define, serve_by_triton
 
 # --- schema, reference backend, fake ---------------------------------------------------------------------------------
 
@@ -26,6 +26,42 @@ define(
 )
 
 _update = torch.ops.limpet.path_integral_update_.default
+
+
+# --- launch ----------------------------------------------------------------------------------------------------------
+
+
+def _launch_core(launch: Callable[..., None], lists: Sequence[Sequence[Tensor]], strength: float, *where: int) -> None:
+    """Run ``launch`` of the core over flat tensors, then bring what was copied back to where it lies."""
+    tensors, copies = _launch.flat(lists, written=2)
+    integral, previous, theta, grad, anchor, importance = ([t.data_ptr() for t in ts] for ts in tensors)
+    numel = [t.numel() for t in tensors[2]]
+    a, b, c = ([_launch.DTYPE_CODES[t.dtype] for t in ts] for ts in (tensors[2], tensors[4], tensors[5]))
+    core = _core.PathIntegralLists(integral, previous, theta, grad, anchor, importance, numel, a, b, c)
+    launch(core, strength, *where)
+    for original, copy in copies:
+        original.copy_(copy)
+
+
+def _update_cpu(*arguments: Any) -> None:
+    *lists, strength = arguments
+    _launch_core(_core.path_integral, lists, strength, _launch.threads())
+
+
+def _update_cuda(*arguments: Any) -> None:
+    *lists, strength = arguments
+    device = lists[0][0].device
+    stream = torch.cuda.current_stream(device).cuda_stream
+    _launch_core(_core.cuda_path_integral, lists, strength, device.index, stream)
+
+
+LIBRARY.impl("path_integral_update_", _update_cpu, "CPU")
+_TRITON = "limpet.triton_kernels.path_integral"
+if _core.build_info()["cuda"] and torch.version.cuda is not None:  # on AMD the CUDA key is HIP
+    LIBRARY.impl("path_integral_update_", _update_cuda, "CUDA")
+    serve_by_triton("path_integral_update_", _TRITON, keys=["XPU"])
+else:
+    serve_by_triton("path_integral_update_", _TRITON)
 
 
 # --- public function -------------------------------------------------------------------------------------------------
@@ -63,32 +99,35 @@ def path_integral_update_(
 
     Raises:
         TypeError: an argument is no list of floating tensors, or a dtype is another one.
-        ValueError: lengths, shapes or devices differ, or ``strength`` is not finite. Nothing has changed then.
+        ValueError: lengths, shapes or devices differ, ``strength`` is not finite, or what is written shares its memory
+            with another tensor, as a ``previous`` that was never cloned does. Nothing has changed then.
 
     >>> omega, before = torch.zeros(2), torch.tensor([1.0, 3.0])
     >>> path_integral_update_([omega], [before], [torch.tensor([0.5, 3.0])], [torch.tensor([2.0, 4.0])])
     >>> omega, before
     (tensor([1., 0.]), tensor([0.5000, 3.0000]))
     """
-    lists = [
-        _checks.tensor_list(name, value)
+    lists = {
+        name: _checks.tensor_list(name, value)
         for name, value in (
-            ("params", params),
             ("integrals", integrals),
             ("previous", previous),
+            ("params", params),
             ("grads", grads),
             ("anchors", anchors),
             ("importances", importances),
         )
-    ]
-    names = ("integrals", "previous", "grads", *(("anchors", "importances") if anchors or importances else ()))
-    for name, other in zip(names, lists[1:], strict=False):
-        _like_params(name, other, lists[0])
-    if any(p.device != lists[0][0].device for p in lists[0]):
-        raise ValueError(f"params must be on one device, got {sorted({str(p.device) for p in lists[0]})}")
+    }
+    penalty = ("anchors", "importances") if lists["anchors"] or lists["importances"] else ()
+    for name in ("integrals", "previous", "grads", *penalty):
+        _like_params(name, lists[name], lists["params"])
+    if any(p.device != lists["params"][0].device for p in lists["params"]):
+        raise ValueError(f"params must be on one device, got {sorted({str(p.device) for p in lists['params']})}")
     strength = _checks.finite_number("strength", strength)
+    if not torch.compiler.is_compiling():  # there are no addresses then
+        _own_memory(lists)
     if params:
-        _update(lists[1], lists[2], lists[0], lists[3], lists[4], lists[5], strength)
+        _update(*lists.values(), strength)
 
 
 def _like_params(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
@@ -109,3 +148,17 @@ def _like_params(name: str, tensors: list[Tensor], params: list[Tensor]) -> None
         if tensor.dtype not in allowed:
             wanted = " or ".join(sorted(map(str, allowed)))
             raise TypeError(f"{name}[{k}] must be {wanted} for params[{k}] ({param.dtype}), got {tensor.dtype}")
+
+
+def _own_memory(lists: dict[str, list[Tensor]]) -> None:
+    """Refuse what is written where another tensor lies: a ``previous`` that is the parameter itself never differs."""
+    owners = {
+        tensor.data_ptr(): (name, k)
+        for name in ("params", "grads", "anchors", "importances")
+        for k, tensor in enumerate(lists[name])
+    }
+    for name in ("integrals", "previous"):
+        for k, tensor in enumerate(lists[name]):
+            owner = owners.setdefault(tensor.data_ptr(), (name, k)) if tensor.numel() else (name, k)
+            if owner != (name, k):
+                raise ValueError(f"{name}[{k}] must have memory of its own, got that of {owner[0]}[{owner[1]}]")
