@@ -26,15 +26,9 @@ from limpet import ops, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from cases import MLP, RESNET18, Case
-from op_cases import LINEAR_TIMED, RESNET18_SHAPES
+from op_cases import GPT2_SHAPES, LINEAR_TIMED, RESNET18_SHAPES
 
 Run = Callable[[], object]
-
-GPT2_SHAPES: list[tuple[int, ...]] = [(50257, 768), (1024, 768)]
-for _ in range(12):
-    GPT2_SHAPES += [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
-    GPT2_SHAPES += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
-GPT2_SHAPES += [(768,), (768,)]  # 148 tensors, 124M parameters
 
 MODELS = {"one tensor, 50M": [(50_000_000,)], "GPT-2": GPT2_SHAPES, "ResNet-18": RESNET18_SHAPES}
 

@@ -89,6 +89,12 @@ for _width, _before in ((64, 64), (128, 64), (256, 128), (512, 256)):
             RESNET18_SHAPES += [(_width, _in, 1, 1), (_width,), (_width,)]
 RESNET18_SHAPES += [(10, 512), (10,)]  # 62 tensors, 11.2M parameters
 
+GPT2_SHAPES: list[tuple[int, ...]] = [(50257, 768), (1024, 768)]
+for _ in range(12):
+    GPT2_SHAPES += [(768,), (768,), (2304, 768), (2304,), (768, 768), (768,)]
+    GPT2_SHAPES += [(768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)]
+GPT2_SHAPES += [(768,), (768,)]  # 148 tensors, 124M parameters
+
 
 def quadratic_inputs(
     shapes: list[tuple[int, ...]],
