@@ -135,6 +135,48 @@ def quadratic(bandwidth: float) -> Table:
     return Table("Quadratic penalty and gradient, float32, 20 bytes a parameter", columns, rows)
 
 
+# --- path integral ---------------------------------------------------------------------------------------------------
+
+
+def path_integral_row(name: str, shapes: list[tuple[int, ...]], bandwidth: float) -> list[Cell]:
+    """One model: ours by graph and called directly, and torch's fused AdamW with and without it."""
+    params = [torch.randn(shape, device="cuda").requires_grad_() for shape in shapes]
+    previous, grads, integrals = (
+        [f(p.detach()) for p in params] for f in (torch.clone, torch.randn_like, torch.zeros_like)
+    )
+    for p, grad in zip(params, grads, strict=True):
+        p.grad = grad
+    step = torch.optim.AdamW(params, fused=True, capturable=True).step
+
+    def ours() -> object:
+        return ops.path_integral_update_(integrals, previous, params, grads)
+
+    def step_and_ours() -> None:
+        step()
+        ours()
+
+    def step_and_foreach() -> None:
+        before = [p.detach().clone() for p in params]
+        step()
+        moved = torch._foreach_sub([p.detach() for p in params], before)
+        torch._foreach_addcmul_(integrals, grads, moved, value=-1.0)
+
+    times = milliseconds({"ours": ours, "step": step, "both": step_and_ours, "foreach": step_and_foreach})
+    direct = milliseconds({"ours": ours}, graph_calls=0)["ours"]
+    numel = sum(p.numel() for p in params)
+    share = 24 * numel / (times["ours"] * 1e-3) / bandwidth
+    ratios = [times[name] / times["step"] for name in ("both", "foreach")]
+    return [name, len(params), numel, times["ours"], share, kernel_launches(ours), direct, times["step"], *ratios]
+
+
+def path_integral(bandwidth: float) -> Table:
+    """The path integral's pass as a share of the measured copy bandwidth, and beside the step it follows."""
+    columns = ["model", "tensors", "parameters", "ms", "share of copy bandwidth", "launches", "called from Python ms"]
+    columns += ["AdamW(fused) ms", "AdamW and ours / AdamW", "AdamW and foreach / AdamW"]
+    rows = [path_integral_row(name, shapes, bandwidth) for name, shapes in MODELS.items()]
+    return Table("Path integral, float32, 24 bytes a parameter", columns, rows)
+
+
 # --- fisher ----------------------------------------------------------------------------------------------------------
 
 
@@ -226,7 +268,7 @@ def main() -> None:
     ceilings.rows += [[f"matrix product, {dtype}, TFLOP/s", rate / 1e12] for dtype, rate in rates.items()]
     report.tables.append(ceilings)
 
-    tables: list[Callable[[], Table]] = [lambda: quadratic(bandwidth), whole_models]
+    tables: list[Callable[[], Table]] = [lambda: quadratic(bandwidth), lambda: path_integral(bandwidth), whole_models]
     tables += [lambda dtype=dtype, rate=rate: contraction(dtype, rate, deadline) for dtype, rate in rates.items()]
     failures = []
     for table in tables:

@@ -5,6 +5,7 @@ Run by `make gpu-check`; skipped where there is no CUDA device.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 import limpet
 from limpet import ops, reference
 from op_cases import CHANNELS, CONV, LINEAR, Conv
+from test_path_integral import STORED as STORED_STEPS
+from test_path_integral import check, expected, public, step_inputs, without_penalty
 from tolerances import RELATIVE_ERROR, assert_close, relative_error
 
 pytestmark = [
@@ -253,6 +256,72 @@ def test_quadratic_in_a_cuda_graph() -> None:
     assert_close(value, want)
     for p, want_grad in zip(params, torch.autograd.grad(want, want_params), strict=True):
         assert_close(p.grad, want_grad, torch.float32)  # type: ignore[arg-type]
+
+
+# --- path integral ---------------------------------------------------------------------------------------------------
+
+Step = dict[str, list[Tensor]]
+PATH_INTEGRAL = [public]
+if importlib.util.find_spec("triton") is not None:
+    PATH_INTEGRAL.append(importlib.import_module("limpet.triton_kernels.path_integral").path_integral_update_)
+
+
+def step_on_device(shapes: list[tuple[int, ...]], *dtypes: torch.dtype) -> Step:
+    return {name: [t.cuda() for t in tensors] for name, tensors in step_inputs(shapes, *dtypes).items()}
+
+
+@pytest.mark.parametrize("update", PATH_INTEGRAL, ids=["op", "triton"][: len(PATH_INTEGRAL)])
+@pytest.mark.parametrize("dtypes", STORED_STEPS, ids=str)
+def test_path_integral(dtypes: tuple[torch.dtype, ...], update: Callable[..., None]) -> None:
+    if torch.float64 in dtypes and update is not public:
+        pytest.skip("the Triton kernels are float32's")
+    check(step_on_device(SHAPES, *dtypes), update=update)
+    check(without_penalty(step_on_device(SHAPES, *dtypes)), update=update)
+
+
+def test_path_integral_of_misaligned_strided_and_mixed_tensors() -> None:
+    steps = [step_on_device([(1001,), (40, 50), (2, 3, 8, 8)], *dtypes) for dtypes in STORED_STEPS]
+    step = {name: [t for each in steps for t in each[name]] for name in steps[0]}
+    for name, tensors in step.items():
+        first, second, third = tensors[:3]
+        tensors[0] = first[1:].clone() if name == "grads" else first[1:]  # an element off a 16-byte boundary
+        tensors[1] = second.t().contiguous().t() if name in ("params", "integrals") else second
+        tensors[2] = third.to(memory_format=torch.channels_last)
+    check(step)
+
+
+def test_path_integral_of_more_tensors_than_one_launch_takes() -> None:
+    check(step_on_device([(k % 50 + 1,) for k in range(1500)]))
+
+
+def test_path_integral_gives_the_same_bits_without_waiting(no_waiting: Callable[[], None]) -> None:
+    first = step_on_device(SHAPES)
+    second = {name: [t.clone() for t in tensors] for name, tensors in first.items()}
+    warm = {name: [t.clone() for t in tensors] for name, tensors in first.items()}
+    public(*warm.values(), 2.0)  # loads the kernels
+    no_waiting()
+    public(*first.values(), 2.0)
+    public(*second.values(), 2.0)
+    torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, first["integrals"], second["integrals"]))
+
+
+def test_path_integral_in_a_cuda_graph() -> None:
+    """A captured update follows the parameters as they move between replays."""
+    step = step_on_device(SHAPES)
+    step["grads"] = [g.nan_to_num() for g in step["grads"]]
+    warm = {name: [t.clone() for t in tensors] for name, tensors in step.items()}
+    public(*warm.values(), 2.0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        public(*step.values(), 2.0)
+    for _ in range(2):
+        want = expected({name: [t.cpu() for t in tensors] for name, tensors in step.items()}, 2.0)
+        graph.replay()
+        for got, wanted in zip(step["integrals"], want, strict=True):
+            assert_close(got, wanted)
+        for param in step["params"]:
+            param.add_(0.1)
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

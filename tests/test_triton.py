@@ -46,7 +46,9 @@ else:
     from triton.runtime.autotuner import Autotuner
 
     from limpet import reference
-    from limpet.triton_kernels import _tuning, fisher, fisher_channel, fisher_conv, fisher_embedding
+    from limpet.triton_kernels import _tuning, fisher, fisher_channel, fisher_conv, fisher_embedding, path_integral
+    from test_path_integral import check as check_path_integral
+    from test_path_integral import step_inputs, without_penalty
     from tolerances import assert_close
 
     # The interpreter keeps bfloat16 as 16-bit integers, which its dot multiplies as integers. Widening loses nothing.
@@ -203,3 +205,19 @@ else:
         fisher.sum_grad_squared_linear_(first, d, a)
         fisher.sum_grad_squared_linear_(second, d, a)
         assert torch.equal(first, second)
+
+    @few
+    @given(
+        st.lists(st.lists(st.integers(0, 40), max_size=2).map(tuple), min_size=1, max_size=3),
+        st.tuples(*[st.sampled_from(DTYPES)] * 3),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_path_integral(
+        shapes: list[tuple[int, ...]], dtypes: tuple[torch.dtype, ...], penalty: bool, strided: bool
+    ) -> None:
+        step = step_inputs(shapes, *dtypes)
+        if strided:
+            step["grads"] = [torch.stack([g, g], dim=-1)[..., 0] for g in step["grads"]]
+            step["integrals"] = [torch.stack([t, t], dim=-1)[..., 0] for t in step["integrals"]]
+        check_path_integral(step if penalty else without_penalty(step), update=path_integral.path_integral_update_)

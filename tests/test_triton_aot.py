@@ -24,7 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from limpet.triton_kernels import _tiles, fisher, fisher_channel, fisher_conv, fisher_embedding
+from limpet.triton_kernels import _tiles, fisher, fisher_channel, fisher_conv, fisher_embedding, path_integral
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -79,7 +79,18 @@ def embedding(dtype: torch.dtype) -> None:
     fisher_embedding.sum_grad_squared_embedding_(torch.empty(100, 768), d, indices, -1)
 
 
+def path(dtype: torch.dtype) -> None:
+    theta = [torch.empty(1000, 768, dtype=dtype)]
+    path_integral.path_integral_update_([torch.empty(1000, 768)], theta, theta, theta, [], [], 0.0)
+
+
+def path_without_penalty(dtype: torch.dtype) -> None:
+    theta, narrow = [torch.empty(1001, dtype=dtype)], [torch.empty(1001, dtype=torch.bfloat16)]
+    path_integral.path_integral_update_([torch.empty(1001)], theta, theta, theta, narrow, narrow, 1.0)
+
+
 LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, scale_centred, embedding)
+LAUNCHES += (path, path_without_penalty)
 
 
 def arithmetic(gpu: GPUTarget, dtype: torch.dtype) -> _tiles.Arithmetic:
@@ -104,6 +115,8 @@ def compiled(
         for index, (name, value) in enumerate(bound.items()):  # as the just-in-time compiler specialises
             if isinstance(value, Tensor):
                 signature[name] = POINTERS[value.dtype]
+            elif isinstance(value, float):
+                signature[name] = "fp32"
             elif isinstance(value, (bool, str)) or name.startswith("BLOCK") or value == 1:
                 signature[name], constants[(index,)] = "constexpr", value
             else:
