@@ -1,0 +1,227 @@
+"""What EWC, SI, MAS and RWalk share: one quadratic around anchors, over the parameters of a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limpet import _checks, ops
+from limpet.reference import wide
+
+_log = logging.getLogger("limpet")
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and afterwards every module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:  # parents first; train() may do more than set the flag, and undoes it here
+            if module.training != training:
+                module.train(training)
+        for module, training in modes:
+            module.training = training
+
+
+class QuadraticRegularizer:
+    """A penalty ``strength * factor / 2 * (sum_i F_i (theta_i - anchor_i)^2 + constant)`` on a model's parameters.
+
+    Subclasses say how importances are measured, and set ``_factor``: 1 where their paper halves the penalty, else 2.
+
+    Attributes:
+        model: the network that is protected.
+        strength: lambda, at least 0. It may be changed at any time.
+        num_tasks: consolidations so far.
+        anchors: where the parameters are pulled to, by name: float32, float64 for float64 parameters.
+        importances: F or Omega, by name, in the same dtypes.
+        constant: what merging several quadratics into one left over.
+    """
+
+    _factor = 1.0
+    _keeps_starts = False  # whether parameters without an importance have an anchor too: where their first task began
+    _optional_keys: frozenset[str] = frozenset()  # of a state
+
+    def __init__(self, model: nn.Module, strength: float) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {_checks.describe(model)}")
+        self.model = model
+        self.strength = _checks.finite_number("strength", strength, minimum=0.0)
+        self.num_tasks = 0
+        self.anchors: dict[str, Tensor] = {}
+        self.importances: dict[str, Tensor] = {}
+        self.constant = 0.0
+        self._free: frozenset[str] = frozenset()
+
+    def penalty(self) -> Tensor:  # []
+        """The penalty as a differentiable 0-d tensor, to be added to the loss; zero before the first consolidation.
+
+        Raises:
+            RuntimeError: a protected parameter has left the model or shrunk.
+        """
+        return self._with_constant(ops.quadratic_penalty(*self._lists(self._protected()), self._lambda))
+
+    def add_penalty_grad_(self) -> Tensor:  # []
+        """Add the penalty's gradient straight into each ``.grad``, in one pass; return the penalty without a graph.
+
+        Call it between ``loss.backward()`` and ``optimizer.step()`` in place of adding :meth:`penalty` to the loss.
+        It moves half the bytes. (Under a gradient scaler, unscale first.)
+
+        Raises:
+            RuntimeError: a protected parameter has left the model or shrunk.
+        """
+        return self._add_penalty_grad(1.0)
+
+    def quadratic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+        """Anchors and importances by name, placed as the parameters are, and lambda as :mod:`limpet.ops` takes it.
+
+        Raises:
+            RuntimeError: a protected parameter has left the model or shrunk.
+        """
+        names = self._protected()
+        anchors, importances = ({name: tensors[name] for name in names} for tensors in (self.anchors, self.importances))
+        return anchors, importances, self._lambda
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that :meth:`load_state_dict` needs; the tensors are the live ones, as in torch.
+
+        Numbers, and mappings from parameter names to tensors: ``torch.load(..., weights_only=True)`` reads it.
+        """
+        return {
+            "strength": self.strength,
+            "num_tasks": self.num_tasks,
+            "constant": self.constant,
+            "anchors": dict(self.anchors),
+            "importances": dict(self.importances),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`; tensors follow the model's parameters to device and dtype when first used.
+
+        Raises:
+            TypeError: a number or a tensor of the state is none.
+            ValueError: keys are missing or unknown, a number is out of range, or its tensors do not match each other.
+                Nothing has been taken over then.
+        """
+        expected = self.state_dict().keys() - self._optional_keys
+        if not isinstance(state, Mapping) or state.keys() - self._optional_keys != expected:
+            got = sorted(map(str, state)) if isinstance(state, Mapping) else _checks.describe(state)
+            raise ValueError(f"state must have the keys {sorted(expected)}, got {got}")
+        for name, value in self._read(state).items():
+            setattr(self, name, value)
+        self._free = frozenset()
+
+    def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """Attributes from a state of the right keys, checked; subclasses add their own."""
+        values: dict[str, Any] = {
+            "strength": _checks.finite_number("state['strength']", state["strength"], minimum=0.0),
+            "num_tasks": _checks.integer("state['num_tasks']", state["num_tasks"], minimum=0),
+            "constant": _checks.finite_number("state['constant']", state["constant"], minimum=0.0),
+            "anchors": named_tensors("state['anchors']", state["anchors"]),
+            "importances": named_tensors("state['importances']", state["importances"]),
+        }
+        anchors = values["anchors"]
+        if self._keeps_starts:
+            anchors = {name: t for name, t in anchors.items() if name in values["importances"]}
+        same_shapes("anchors", anchors, "importances", values["importances"])
+        return values
+
+    @property
+    def _lambda(self) -> float:
+        """The strength as the ops take it: they halve."""
+        return self._factor * self.strength
+
+    def _add_penalty_grad(self, scale: float) -> Tensor:  # []
+        """The same where gradients are ``scale`` times what they stand for; gives the penalty itself."""
+        params = self._protected()
+        learning = {name: p for name, p in params.items() if p.requires_grad}
+        frozen = {name: p for name, p in params.items() if not p.requires_grad}
+        value = ops.add_quadratic_penalty_grad_(*self._lists(learning), scale * self._lambda)
+        if scale != 1.0:
+            value = value / scale
+        if frozen:
+            with torch.no_grad():
+                value = value + ops.quadratic_penalty(*self._lists(frozen), self._lambda)
+        return self._with_constant(value)
+
+    def _with_constant(self, value: Tensor) -> Tensor:  # [] -> []
+        return value + 0.5 * self._lambda * self.constant if self.constant else value
+
+    def _lists(self, params: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """Parameters with their anchors and importances."""
+        return (
+            list(params.values()),
+            [self.anchors[name] for name in params],
+            [self.importances[name] for name in params],
+        )
+
+    def _check_model(self) -> dict[str, nn.Parameter]:
+        """The model's parameters, once it is clear that it still holds what is protected."""
+        params = dict(self.model.named_parameters())
+        missing = self.importances.keys() - params.keys()
+        if missing:
+            raise RuntimeError(f"the model has lost parameters that are protected: {sorted(missing)}")
+        for name, importance in self.importances.items():
+            old, new = importance.shape, params[name].shape
+            if old != new and (len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True))):
+                raise RuntimeError(
+                    f"parameter {name!r} was consolidated with shape {list(old)}; "
+                    f"it may grow, but has shape {list(new)}"
+                )
+        return params
+
+    def _protected(self) -> dict[str, nn.Parameter]:
+        """The protected parameters, once anchors and importances are where and as large as those are now."""
+        params = self._check_model()
+        free = frozenset(name for name, p in params.items() if name not in self.importances and p.requires_grad)
+        if self.num_tasks and free and self._free != free:
+            who = type(self).__name__
+            _log.info("%s: %d parameters are new since the last consolidation and left free", who, len(free))
+            self._free = free
+        protected = {name: params[name] for name in self.importances}
+        for name, param in protected.items():
+            self._follow(name, param)
+        return protected
+
+    def _follow(self, name: str, param: Tensor) -> None:
+        """Bring a parameter's anchor and importance to its device and dtype, and to its size if it grew."""
+        old = self.anchors[name].shape
+        if old != param.shape:
+            who = type(self).__name__
+            _log.info("%s: %s grew from %s to %s; its old slice stays protected", who, name, list(old), list(param.shape))
+        self.anchors[name] = placed(self.anchors[name], param, rest=param)
+        if name in self.importances:
+            self.importances[name] = placed(self.importances[name], param)
+
+
+def placed(tensor: Tensor, param: Tensor, rest: Tensor | None = None) -> Tensor:  # [*], [*], [*] -> [*]
+    """A tensor on its parameter's device, in its wide dtype, and grown to its size with ``rest`` (zeros if None)."""
+    dtype = wide(param.dtype)
+    if tensor.shape == param.shape and tensor.dtype == dtype and tensor.device == param.device:
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():  # it outlives this call
+        result = torch.zeros_like(param, dtype=dtype) if rest is None else rest.detach().to(dtype, copy=True)
+        result[tuple(slice(size) for size in tensor.shape)] = tensor.to(param.device, dtype)
+    return result
+
+
+def named_tensors(name: str, value: Any) -> dict[str, Tensor]:
+    """Copies of a mapping's floating tensors."""
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name} must be a mapping from names to tensors, got {_checks.describe(value)}")
+    return {key: _checks.float_tensor(f"{name}[{key!r}]", t).detach().clone() for key, t in value.items()}
+
+
+def same_shapes(one: str, tensors: Mapping[str, Tensor], other: str, others: Mapping[str, Tensor]) -> None:
+    """Require the same names and shapes of two mappings of a state."""
+    shapes = [{(name, tuple(t.shape)) for name, t in mapping.items()} for mapping in (tensors, others)]
+    if shapes[0] != shapes[1]:
+        names = sorted({name for name, _ in shapes[0] ^ shapes[1]})
+        raise ValueError(f"state must hold {one} and {other} of the same names and shapes, not so: {names}")
