@@ -1,15 +1,23 @@
 """limpet: fused kernels for continual learning, with thin PyTorch wrappers.
 
 >>> import limpet
->>> sorted(limpet.__all__)
-['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'diagonal_fisher', 'ops']
+>>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
+['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'SynapticIntelligence', 'diagonal_fisher', 'ops']
 """
 
 from limpet import ops
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC
+from limpet.methods import EWC, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
 
 __version__ = "0.1.0"
 
-__all__ = ["EWC", "AccuracyMatrix", "DiagonalFisher", "FisherAccumulator", "diagonal_fisher", "ops"]
+__all__ = [
+    "EWC",
+    "AccuracyMatrix",
+    "DiagonalFisher",
+    "FisherAccumulator",
+    "SynapticIntelligence",
+    "diagonal_fisher",
+    "ops",
+]

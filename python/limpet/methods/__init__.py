@@ -1,5 +1,6 @@
 """Methods against forgetting, built from public ops only."""
 
 from limpet.methods.ewc import EWC
+from limpet.methods.synaptic_intelligence import SynapticIntelligence
 
-__all__ = ["EWC"]
+__all__ = ["EWC", "SynapticIntelligence"]

@@ -195,7 +195,9 @@ class QuadraticRegularizer:
         old = self.anchors[name].shape
         if old != param.shape:
             who = type(self).__name__
-            _log.info("%s: %s grew from %s to %s; its old slice stays protected", who, name, list(old), list(param.shape))
+            _log.info(
+                "%s: %s grew from %s to %s; its old slice stays protected", who, name, list(old), list(param.shape)
+            )
         self.anchors[name] = placed(self.anchors[name], param, rest=param)
         if name in self.importances:
             self.importances[name] = placed(self.importances[name], param)
