@@ -262,7 +262,7 @@ def test_a_path_integral_that_is_not_finite():
     model[2].weight.grad[0, 0] = torch.inf
     optimizer.step()
     before = copy.deepcopy(si.state_dict())
-    with pytest.raises(RuntimeError, match="the path integral of '2.weight' is not finite"):
+    with pytest.raises(RuntimeError, match=r"the path integral of '2.weight' is not finite"):
         si.consolidate()
     for name, t in before["integrals"].items():
         assert torch.equal(si.integrals[name].nan_to_num(), t.nan_to_num())

@@ -1,6 +1,7 @@
 """Methods against forgetting, built from public ops only."""
 
 from limpet.methods.ewc import EWC
+from limpet.methods.memory_aware_synapses import MemoryAwareSynapses
 from limpet.methods.synaptic_intelligence import SynapticIntelligence
 
-__all__ = ["EWC", "SynapticIntelligence"]
+__all__ = ["EWC", "MemoryAwareSynapses", "SynapticIntelligence"]

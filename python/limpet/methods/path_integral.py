@@ -277,12 +277,9 @@ class PathIntegralRegularizer(QuadraticRegularizer):
 
     def _begin_task(self, importances: Mapping[str, Tensor]) -> None:
         """Take over importances by name, anchor the parameters here, and start new path integrals."""
-        params = dict(self.model.named_parameters())
-        anchors = {name: params[name].detach().to(t.dtype, copy=True) for name, t in importances.items()}
-        self.importances, self.anchors = {**self.importances, **importances}, {**self.anchors, **anchors}
+        self._anchor_here(importances)
         self.integrals = {name: torch.zeros_like(t) for name, t in self.integrals.items()}
-        self.num_tasks, self.num_steps = self.num_tasks + 1, 0
-        self._step, self._free = None, frozenset()
+        self.num_steps, self._step = 0, None
 
     def _check_path(self) -> dict[str, nn.Parameter]:
         """The parameters that have a path integral, once it is clear that there is a path to consolidate."""

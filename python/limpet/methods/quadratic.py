@@ -190,6 +190,14 @@ class QuadraticRegularizer:
             self._follow(name, param)
         return protected
 
+    def _anchor_here(self, importances: Mapping[str, Tensor]) -> None:
+        """Take over importances by name, and anchor those parameters where they are."""
+        params = dict(self.model.named_parameters())
+        anchors = {name: params[name].detach().to(t.dtype, copy=True) for name, t in importances.items()}
+        self.importances, self.anchors = {**self.importances, **importances}, {**self.anchors, **anchors}
+        self.num_tasks += 1
+        self._free = frozenset()
+
     def _follow(self, name: str, param: Tensor) -> None:
         """Bring a parameter's anchor and importance to its device and dtype, and to its size if it grew."""
         old = self.anchors[name].shape

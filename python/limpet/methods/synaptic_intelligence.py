@@ -20,8 +20,10 @@ class SynapticIntelligence(PathIntegralRegularizer):
         \omega_i = - \sum_t g_{t,i} \, (\theta_{t+1,i} - \theta_{t,i})
 
     (Zenke et al. 2017, eq. 3 to 5; no half in front of ``c``), with ``g`` the gradient of the task's *own* loss,
-    without the penalty's, and :math:`\Delta_i = \theta_i - \theta^*_i` the way from the last consolidation, or from where the
-    parameters were when this was made. Importances come from training alone; no data are needed at a task's end.
+    without the penalty's, and :math:`\Delta_i = \theta_i - \theta^*_i` the way from the last consolidation, or from
+    where the parameters were when this was made. Importances come from training alone; no data are needed at a task's
+    end. (The authors' code clips the sum of old and new importance at zero, not the path integral: the same for the
+    first task, less importance later for what a later task's path went against.)
 
     With an optimizer it runs in that optimizer's step hooks, and nothing else of a training loop changes; without one,
     call :meth:`before_step` and :meth:`after_step` around each step. Gradients count as they stand in ``.grad`` when
