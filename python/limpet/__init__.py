@@ -2,13 +2,13 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses', 'SynapticIntelligence',
- 'diagonal_fisher', 'ops']
+['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses', 'RWalk',
+ 'SynapticIntelligence', 'diagonal_fisher', 'ops']
 """
 
 from limpet import ops
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, MemoryAwareSynapses, SynapticIntelligence
+from limpet.methods import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
 
 __version__ = "0.1.0"
@@ -19,6 +19,7 @@ __all__ = [
     "DiagonalFisher",
     "FisherAccumulator",
     "MemoryAwareSynapses",
+    "RWalk",
     "SynapticIntelligence",
     "diagonal_fisher",
     "ops",

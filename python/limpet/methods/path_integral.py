@@ -210,7 +210,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
             return False
         return all(group.get("fused") for group in optimizer.param_groups)
 
-    def _update(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor], strength: float) -> None:
+    def _update(self, params: Mapping[str, nn.Parameter], grads: Mapping[str, Tensor], strength: float) -> None:
         """Bring path integrals and previous parameters up to date."""
         protected = [name for name in params if name in self.importances and strength]
         free = [name for name in params if name not in self.importances or not strength]
@@ -235,9 +235,10 @@ class PathIntegralRegularizer(QuadraticRegularizer):
             self._check_shapes(shapes)
         else:
             self._shapes = shapes
-            for tensors in (self.anchors, self.integrals, self._previous, self._seen):
-                for name in tensors.keys() - params.keys():
-                    del tensors[name]
+            kept: tuple[dict[str, Any], ...] = (self.anchors, *self._along_the_path(), self._previous, self._seen)
+            for values in kept:
+                for name in values.keys() - params.keys():
+                    del values[name]
         learning = {name: p for name, p in params.items() if p.requires_grad}
         for name, param in learning.items():
             self._track(name, param)
@@ -259,16 +260,21 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                     "change models between consolidate() and the next step"
                 )
 
+    def _along_the_path(self) -> tuple[dict[str, Tensor], ...]:
+        """What a task's steps add to, by name: zeros when a parameter is first seen."""
+        return (self.integrals,)
+
     def _track(self, name: str, param: Tensor) -> None:
         """Give a parameter what it lacks, and bring it all to where the parameter is."""
         if name in self.anchors:
             self._follow(name, param)
         else:
             self.anchors[name] = param.detach().to(wide(param.dtype), copy=True)
-        if name in self.integrals:
-            self.integrals[name] = placed(self.integrals[name], param)
-        else:
-            self.integrals[name] = torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)
+        for tensors in self._along_the_path():
+            if name in tensors:
+                tensors[name] = placed(tensors[name], param)
+            else:
+                tensors[name] = torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)
         if self._seen.get(name) != _seen(param):  # moved by something else than a step: that is no path to integrate
             self._previous[name] = param.detach().clone()
             self._seen[name] = _seen(param)
@@ -295,6 +301,15 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 raise RuntimeError(f"the path integral of {name!r} is not finite")
         return params
 
+    def _check_seen(self, params: Mapping[str, nn.Parameter], found: Mapping[str, Tensor]) -> None:
+        """Refuse importances of zero that come from a bookkeeping that never saw the parameters move."""
+        moved = any(not torch.equal(p.detach().to(self.anchors[n].dtype), self.anchors[n]) for n, p in params.items())
+        if moved and not any(bool(t.any()) for t in found.values()):
+            raise RuntimeError(
+                "every path integral is zero, but the parameters moved: they are not trained by the steps that were "
+                "seen, or every gradient was zero"
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """As in the base class, with the path integrals of the present task, so that training resumes bit for bit."""
         return {**super().state_dict(), "num_steps": self.num_steps, "integrals": dict(self.integrals)}
@@ -312,9 +327,18 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                     f"state['integrals'][{name!r}] must be of the model's shape in the middle of a task, "
                     f"got {_checks.describe(integral)}"
                 )
-        return {**values, "num_steps": num_steps, "integrals": integrals, "_shapes": shapes, "_seen": {}, "_step": None}
+        path = {"num_steps": num_steps, "integrals": integrals, "_shapes": shapes}
+        return {**values, **path, "_previous": {}, "_seen": {}, "_step": None}
 
 
 def _seen(param: Tensor) -> tuple[int, int]:
     """What tells whether a parameter was written to, or given other memory, without a look at its values."""
     return param._version, param.data_ptr()
+
+
+def positive(name: str, value: Any) -> float:
+    """Require a finite number above 0."""
+    number = _checks.finite_number(name, value, minimum=0.0)
+    if number == 0.0:
+        raise ValueError(f"{name} must be above 0, got {value!r}")
+    return number

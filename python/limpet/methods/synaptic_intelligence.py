@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from limpet import _checks
-from limpet.methods.path_integral import PathIntegralRegularizer
+from limpet.methods.path_integral import PathIntegralRegularizer, positive
 
 
 class SynapticIntelligence(PathIntegralRegularizer):
@@ -66,7 +65,7 @@ class SynapticIntelligence(PathIntegralRegularizer):
         strength: float,
         damping: float = 0.1,
     ) -> None:
-        self.damping = _damping("damping", damping)
+        self.damping = positive("damping", damping)
         super().__init__(model, optimizer, strength)
 
     def consolidate(self) -> None:
@@ -78,18 +77,13 @@ class SynapticIntelligence(PathIntegralRegularizer):
                 is zero. Nothing has been consolidated then.
         """
         params = self._check_path()
-        importances, moved = {}, False
+        self._check_seen(params, self.integrals)
+        importances = {}
         for name, param in params.items():
             integral, anchor = self.integrals[name], self.anchors[name]
             delta = param.detach().to(anchor.dtype) - anchor  # [*]
-            new = integral.clamp(min=0).div_(delta.square().add_(self.damping))
+            new = integral.clamp(min=0).div_(delta.square_().add_(self.damping))
             importances[name] = new.add_(self.importances[name]) if name in self.importances else new
-            moved = moved or bool(delta.any())
-        if moved and not any(bool(t.any()) for t in self.integrals.values()):
-            raise RuntimeError(
-                "every path integral is zero, but the parameters moved: they are not trained by the steps that were "
-                "seen, or every gradient was zero"
-            )
         self._begin_task(importances)
 
     def end_task(self, batches: object = None) -> None:
@@ -101,14 +95,7 @@ class SynapticIntelligence(PathIntegralRegularizer):
         return {**super().state_dict(), "damping": self.damping}
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        return {**super()._read(state), "damping": _damping("state['damping']", state["damping"])}
+        return {**super()._read(state), "damping": positive("state['damping']", state["damping"])}
 
     def __repr__(self) -> str:
         return f"SynapticIntelligence(strength={self.strength:g}, damping={self.damping:g}, num_tasks={self.num_tasks})"
-
-
-def _damping(name: str, value: Any) -> float:
-    damping = _checks.finite_number(name, value, minimum=0.0)
-    if damping == 0.0:
-        raise ValueError(f"{name} must be above 0, got {value!r}")
-    return damping
