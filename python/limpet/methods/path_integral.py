@@ -162,15 +162,15 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         self.num_steps += 1
 
     def _before(self, *, by_hand: bool) -> Tensor:  # []
-        learning = self._tracked()
+        every = self._tracked()
+        learning = {name: p for name, p in every.items() if p.requires_grad}
         for name, param in learning.items():
-            if (
-                param.grad is not None
-                and _checks.float_tensor(f"the gradient of {name!r}", param.grad).dtype != param.dtype
-            ):
-                raise TypeError(f"the gradient of {name!r} must be {param.dtype} as it is, got {param.grad.dtype}")
+            grad = param.grad
+            if grad is not None and _checks.float_tensor(f"the gradient of {name!r}", grad).dtype != param.dtype:
+                raise TypeError(f"the gradient of {name!r} must be {param.dtype} as it is, got {grad.dtype}")
         scale = None if by_hand else getattr(self._optimizer, "grad_scale", None)  # torch.amp.GradScaler sets it
-        value = self._add_penalty_grad(1.0 if scale is None else float(scale))
+        protected = {name: every[name] for name in self.importances}
+        value = self._add_penalty_grad(protected, 1.0 if scale is None else float(scale))
         params = {name: p for name, p in learning.items() if p.grad is not None}
         grads = {name: p.grad for name, p in params.items() if p.grad is not None}
         copies = {
@@ -218,7 +218,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
             ops.path_integral_update_(
                 [self.integrals[name] for name in names],
                 [self._previous[name] for name in names],
-                [params[name].detach() for name in names],
+                [params[name] for name in names],
                 [grads[name] for name in names],
                 anchors=[self.anchors[name] for name in names] if anchored else (),
                 importances=[self.importances[name] for name in names] if anchored else (),
@@ -228,24 +228,30 @@ class PathIntegralRegularizer(QuadraticRegularizer):
     # --- which parameters --------------------------------------------------------------------------------------------
 
     def _tracked(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, once each has its start, path integral and value before the step."""
+        """The model's parameters, once each that learns has its start, path integral and value before the step."""
         params = self._check_model()
         shapes = {name: p.shape for name, p in params.items()}
         if self.num_steps:
             self._check_shapes(shapes)
-        else:
+        elif shapes != self._shapes:
             self._shapes = shapes
             kept: tuple[dict[str, Any], ...] = (self.anchors, *self._along_the_path(), self._previous, self._seen)
             for values in kept:
                 for name in values.keys() - params.keys():
                     del values[name]
-        learning = {name: p for name, p in params.items() if p.requires_grad}
-        for name, param in learning.items():
-            self._track(name, param)
-        return learning
+        for name, param in params.items():
+            if self._seen.get(name) == _seen(param):
+                continue
+            if param.requires_grad:
+                self._track(name, param)
+            elif name in self.importances:
+                self._follow(name, param)
+        return params
 
     def _check_shapes(self, shapes: Mapping[str, torch.Size]) -> None:
         """Refuse a model that is not the one the task began with."""
+        if shapes == self._shapes:
+            return
         for name in sorted(shapes.keys() ^ self._shapes.keys()):
             done = "added to" if name in shapes else "removed from"
             raise RuntimeError(
@@ -265,7 +271,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         return (self.integrals,)
 
     def _track(self, name: str, param: Tensor) -> None:
-        """Give a parameter what it lacks, and bring it all to where the parameter is."""
+        """Give a parameter that is new, or was written to between steps, what it lacks, where it is now."""
         if name in self.anchors:
             self._follow(name, param)
         else:
@@ -275,9 +281,8 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 tensors[name] = placed(tensors[name], param)
             else:
                 tensors[name] = torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)
-        if self._seen.get(name) != _seen(param):  # moved by something else than a step: that is no path to integrate
-            self._previous[name] = param.detach().clone()
-            self._seen[name] = _seen(param)
+        self._previous[name] = param.detach().clone()  # moved by something else than a step: no path to integrate
+        self._seen[name] = _seen(param)
 
     # --- consolidation and state -------------------------------------------------------------------------------------
 

@@ -59,6 +59,7 @@ class QuadraticRegularizer:
         self.importances: dict[str, Tensor] = {}
         self.constant = 0.0
         self._free: frozenset[str] = frozenset()
+        self._check_model()
 
     def penalty(self) -> Tensor:  # []
         """The penalty as a differentiable 0-d tensor, to be added to the loss; zero before the first consolidation.
@@ -77,7 +78,7 @@ class QuadraticRegularizer:
         Raises:
             RuntimeError: a protected parameter has left the model or shrunk.
         """
-        return self._add_penalty_grad(1.0)
+        return self._add_penalty_grad(self._protected(), 1.0)
 
     def quadratic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
         """Anchors and importances by name, placed as the parameters are, and lambda as :mod:`limpet.ops` takes it.
@@ -138,9 +139,8 @@ class QuadraticRegularizer:
         """The strength as the ops take it: they halve."""
         return self._factor * self.strength
 
-    def _add_penalty_grad(self, scale: float) -> Tensor:  # []
-        """The same where gradients are ``scale`` times what they stand for; gives the penalty itself."""
-        params = self._protected()
+    def _add_penalty_grad(self, params: Mapping[str, nn.Parameter], scale: float) -> Tensor:  # []
+        """Add ``scale`` times the gradient for what is protected; gives the penalty itself."""
         learning = {name: p for name, p in params.items() if p.requires_grad}
         frozen = {name: p for name, p in params.items() if not p.requires_grad}
         value = ops.add_quadratic_penalty_grad_(*self._lists(learning), scale * self._lambda)
@@ -165,6 +165,9 @@ class QuadraticRegularizer:
     def _check_model(self) -> dict[str, nn.Parameter]:
         """The model's parameters, once it is clear that it still holds what is protected."""
         params = dict(self.model.named_parameters())
+        for name, param in params.items():
+            if type(param) is not nn.Parameter and hasattr(param, "device_mesh"):  # a DTensor: its type imports slowly
+                raise TypeError(f"parameter {name!r} must not be sharded over processes: each needs a whole model")
         missing = self.importances.keys() - params.keys()
         if missing:
             raise RuntimeError(f"the model has lost parameters that are protected: {sorted(missing)}")

@@ -167,13 +167,13 @@ class RWalk(PathIntegralRegularizer):
 
     def _track(self, name: str, param: Tensor) -> None:
         dtype = wide(param.dtype)
-        previous, moved_from = self._previous.get(name), self._seen.get(name)
+        previous = self._previous.get(name)
         super()._track(name, param)
         if name not in self._window:
             self._window[name] = param.detach().to(dtype, copy=True)
             return
         self._window[name] = placed(self._window[name], param, rest=param)
-        if previous is not None and previous.shape == param.shape and moved_from != self._seen[name]:
+        if previous is not None and previous.shape == param.shape:
             self._window[name] += param.detach() - previous.to(param.device, dtype)  # no step made that way
 
     def _update(self, params: Mapping[str, nn.Parameter], grads: Mapping[str, Tensor], strength: float) -> None:
