@@ -2,14 +2,15 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses', 'RWalk',
- 'SynapticIntelligence', 'diagonal_fisher', 'ops']
+['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
+ 'RWalk', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'suggest_strength']
 """
 
 from limpet import ops
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
 from limpet.methods import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
+from limpet.strength import suggest_strength
 
 __version__ = "0.1.0"
 
@@ -23,4 +24,5 @@ __all__ = [
     "SynapticIntelligence",
     "diagonal_fisher",
     "ops",
+    "suggest_strength",
 ]
