@@ -28,7 +28,7 @@ EPOCHS = 3
 
 
 def hold_out(dataset: ImageDataset, share: int = 6) -> ImageDataset:
-    """The data set with every sixth training image as its test part: a strength must not be chosen on the test images."""
+    """Every sixth training image becomes the test part: a strength must not be chosen on the test images."""
     held = torch.arange(len(dataset.train_labels)) % share == 0
     images, labels = dataset.train_images, dataset.train_labels
     return replace(

@@ -46,6 +46,7 @@ class Candidate:
 
     def train(self, steps: int, advance: Callable[[], None]) -> None:
         """Go on until ``steps`` have been done in all, or the training has ended."""
+        modes = _modes()
         self._random.restore()
         try:
             while self.steps < steps:
@@ -55,6 +56,10 @@ class Candidate:
                     if not self.steps:
                         raise ValueError("train must yield after each step, but ended without a yield") from None
                     break
+                if _modes() != modes:  # the evaluation, and the other candidates, would be in it too
+                    raise RuntimeError(
+                        "train must yield outside of blocks that change torch's modes (no_grad, autocast)"
+                    )
                 self.steps += 1
                 advance()
         finally:
@@ -73,6 +78,12 @@ class Candidate:
         if hasattr(self._training, "close"):
             self._training.close()
         del self._training, self._model
+
+
+def _modes() -> tuple[bool, ...]:
+    """What a ``with`` block may have changed."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
 
 
 @contextmanager

@@ -51,9 +51,9 @@ def suggest_strength(
     chance lies.)
 
     It is successive halving (Jamieson and Talwalkar 2016, arXiv 1502.07943) for an ordered grid. All strengths are
-    trained for a part of the steps; the half around the best goes on from where it stands, for twice as many; in the
-    last rung, the training is complete. Neighbours are kept, not the highest scores, because forgetting comes late:
-    all strengths that are too weak look alike at first, and would push out the right one. For the same reason a tie
+    trained for a part of the steps; the half around the best, three at least, goes on from where it stands to twice as
+    many; in the last rung the training is complete. Neighbours go on, not the highest scores, because forgetting comes
+    late: strengths that are too weak look alike at first, and would push out the right one. For the same reason a tie
     goes to the stronger in the rungs before the last. In the last it goes to the weaker.
 
     Where the best of a rung has no neighbour on one side, and is better than the one on the other, the strength beyond
@@ -70,8 +70,8 @@ def suggest_strength(
         regularizer: protects the earlier tasks in ``regularizer.model``. Neither is changed. It is copied with its
             model by ``copy.deepcopy``; hooks on an optimizer are not followed: make the optimizer in ``train``.
         train: ``train(model, regularizer)``, a generator function: an ordinary training loop on the new task that
-            makes its own optimizer and has a ``yield`` after each step. It gets a copy of the model, and the copy of
-            the regularizer that protects it, with the strength already set.
+            makes its own optimizer and has a ``yield`` after each step, outside of ``no_grad`` and ``autocast``. It
+            gets a copy of the model, and the copy of the regularizer that protects it, with the strength already set.
         evaluate: ``evaluate(model)`` gives the accuracy on earlier tasks and on the new one, both in [0, 1], on data
             that are neither trained nor tested on. It is called in evaluation mode and without gradients.
         steps: how many yields are a full training. A loop that ends sooner has had its full training then.
@@ -90,7 +90,7 @@ def suggest_strength(
             return two numbers.
         ValueError: a number is out of range; there are no importances to centre the grid on; ``train`` never yields;
             an accuracy is outside [0, 1].
-        RuntimeError: the training diverged with every strength.
+        RuntimeError: the training diverged with every strength; ``train`` yields within ``no_grad`` or ``autocast``.
 
     Warns:
         UserWarning: the best strength is at an end of all that were tried.
@@ -239,8 +239,8 @@ def _best(trials: Iterable[Trial], last: bool) -> Trial:
 
 
 def _half(num: int) -> int:
-    """How many of a rung's candidates go on: two at least, so that there is something to compare."""
-    return min(num, max(2, math.ceil(num / 2)))
+    """How many of a rung's candidates go on: three at least, so that the best has both neighbours."""
+    return min(num, max(3, math.ceil(num / 2)))
 
 
 def _half_around(best: float, strengths: Sequence[float]) -> list[float]:
