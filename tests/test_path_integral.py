@@ -187,9 +187,17 @@ THETA = torch.ones(3)
         ({"grads": [torch.ones(3).half()]}, TypeError, r"grads\[0\] must be torch.float32 for params\[0\]"),
         ({"previous": [torch.ones(4)]}, ValueError, r"previous\[0\] must be of shape \[3\].*shape \[4\]"),
         ({"previous": [torch.ones(3, device="meta")]}, ValueError, r"previous\[0\] must be of shape \[3\] on cpu"),
-        ({"previous": [THETA]}, ValueError, r"previous\[0\] must have memory of its own, got that of params\[0\]"),
+        (
+            {"previous": [THETA]},
+            ValueError,
+            r"previous\[0\] must have memory of its own, got that of a tensor in params",
+        ),
         ({"integrals": [torch.zeros(3).half()]}, TypeError, r"integrals\[0\] must be torch.float32"),
-        ({"integrals": [THETA]}, ValueError, r"integrals\[0\] must have memory of its own, got that of params\[0\]"),
+        (
+            {"integrals": [THETA]},
+            ValueError,
+            r"integrals\[0\] must have memory of its own, got that of a tensor in params",
+        ),
         ({"anchors": [torch.zeros(3)]}, ValueError, r"importances must have as many tensors as params \(1\), got 0"),
         ({"importances": [torch.zeros(3)]}, ValueError, r"anchors must have as many tensors as params \(1\), got 0"),
         (
@@ -212,7 +220,9 @@ def test_bad_input_changes_nothing(change, error, message):
 
 def test_a_tensor_that_is_written_twice_is_refused():
     one, theta, other = torch.zeros(2), torch.ones(2), torch.ones(2)
-    with pytest.raises(ValueError, match=r"previous\[1\] must have memory of its own, got that of previous\[0\]"):
+    with pytest.raises(
+        ValueError, match=r"previous\[1\] must have memory of its own, got that of a tensor in previous"
+    ):
         ops.path_integral_update_(
             [torch.zeros(2), torch.zeros(2)], [one, one], [theta, other], [torch.ones(2), torch.ones(2)]
         )

@@ -36,6 +36,8 @@ def flat(
         The lists to launch with, and what to copy back after it: pairs ``(to, from)``.
     """
     result = [list(tensors) for tensors in lists]
+    if all(t.is_contiguous() for tensors in lists for t in tensors):  # the usual case
+        return result, []
     copies = []
     for k in range(len(lists[0])):
         if _lie_alike([tensors[k] for tensors in lists if tensors]):
@@ -49,8 +51,8 @@ def flat(
 
 
 def _lie_alike(tensors: Sequence[Tensor]) -> bool:
+    first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
         return True
-    first = tensors[0]
     dense = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
     return dense and all(t.stride() == first.stride() for t in tensors)

@@ -119,15 +119,23 @@ def path_integral_update_(
         )
     }
     penalty = ("anchors", "importances") if lists["anchors"] or lists["importances"] else ()
+    kinds = _kinds(lists["params"])
+    wide = [(shape, device, reference.wide(dtype)) for shape, device, dtype in kinds]
     for name in ("integrals", "previous", "grads", *penalty):
-        _like_params(name, lists[name], lists["params"])
-    if any(p.device != lists["params"][0].device for p in lists["params"]):
+        # Whole lists are compared first: this runs after every step, and the loop takes twice as long.
+        if _kinds(lists[name]) != (wide if name == "integrals" else kinds):
+            _like_params(name, lists[name], lists["params"])
+    if any(device != kinds[0][1] for _, device, _ in kinds):
         raise ValueError(f"params must be on one device, got {sorted({str(p.device) for p in lists['params']})}")
     strength = _checks.finite_number("strength", strength)
     if not torch.compiler.is_compiling():  # there are no addresses then
         _own_memory(lists)
     if params:
         _update(*lists.values(), strength)
+
+
+def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
+    return [(t.shape, t.device, t.dtype) for t in tensors]
 
 
 def _like_params(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
@@ -152,13 +160,12 @@ def _like_params(name: str, tensors: list[Tensor], params: list[Tensor]) -> None
 
 def _own_memory(lists: dict[str, list[Tensor]]) -> None:
     """Refuse what is written where another tensor lies: a ``previous`` that is the parameter itself never differs."""
-    owners = {
-        tensor.data_ptr(): (name, k)
-        for name in ("params", "grads", "anchors", "importances")
-        for k, tensor in enumerate(lists[name])
-    }
+    owners: dict[int, str] = {}
+    for name in ("params", "grads", "anchors", "importances"):
+        owners |= dict.fromkeys([t.data_ptr() for t in lists[name]], name)
     for name in ("integrals", "previous"):
         for k, tensor in enumerate(lists[name]):
-            owner = owners.setdefault(tensor.data_ptr(), (name, k)) if tensor.numel() else (name, k)
-            if owner != (name, k):
-                raise ValueError(f"{name}[{k}] must have memory of its own, got that of {owner[0]}[{owner[1]}]")
+            address = tensor.data_ptr()
+            if address in owners and tensor.numel() > 0:
+                raise ValueError(f"{name}[{k}] must have memory of its own, got that of a tensor in {owners[address]}")
+            owners[address] = name
