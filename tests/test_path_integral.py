@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from limpet import ops, reference
 from op_cases import RESNET18_SHAPES
@@ -172,6 +173,14 @@ def test_allocates_nothing():
 
 def test_empty_lists():
     ops.path_integral_update_([], [], [], [])
+
+
+def test_tensors_without_memory():
+    """Shapes are all that a fake or meta tensor has; none shares memory with another."""
+    step = {name: [t.to("meta") for t in tensors] for name, tensors in step_inputs([(3, 2), (70,)]).items()}
+    ops.path_integral_update_(**step, strength=2.0)
+    with FakeTensorMode():
+        ops.path_integral_update_(*[[torch.empty(3, 2)] for _ in range(4)])
 
 
 THETA = torch.ones(3)

@@ -122,7 +122,7 @@ def path_integral_update_(
     kinds = _kinds(lists["params"])
     wide = [(shape, device, reference.wide(dtype)) for shape, device, dtype in kinds]
     for name in ("integrals", "previous", "grads", *penalty):
-        # Whole lists are compared first: this runs after every step, and the loop takes twice as long.
+        # Whole lists are compared first: this runs after every step, and the loop takes half as long again.
         if _kinds(lists[name]) != (wide if name == "integrals" else kinds):
             _like_params(name, lists[name], lists["params"])
     if any(device != kinds[0][1] for _, device, _ in kinds):
@@ -160,12 +160,15 @@ def _like_params(name: str, tensors: list[Tensor], params: list[Tensor]) -> None
 
 def _own_memory(lists: dict[str, list[Tensor]]) -> None:
     """Refuse what is written where another tensor lies: a ``previous`` that is the parameter itself never differs."""
+    plain = (Tensor, torch.nn.Parameter)  # of fake and other wrapped tensors no address is to be had
     owners: dict[int, str] = {}
     for name in ("params", "grads", "anchors", "importances"):
-        owners |= dict.fromkeys([t.data_ptr() for t in lists[name]], name)
+        owners |= dict.fromkeys([t.data_ptr() for t in lists[name] if type(t) in plain], name)
     for name in ("integrals", "previous"):
         for k, tensor in enumerate(lists[name]):
+            if type(tensor) not in plain or tensor.is_meta or tensor.numel() == 0:
+                continue
             address = tensor.data_ptr()
-            if address in owners and tensor.numel() > 0:
+            if address in owners:
                 raise ValueError(f"{name}[{k}] must have memory of its own, got that of a tensor in {owners[address]}")
             owners[address] = name
