@@ -144,6 +144,12 @@ def test_a_best_strength_at_an_end_of_all_is_told():
 
 
 @pytest.mark.filterwarnings("ignore:the best strength")
+def test_a_regularizer_that_does_nothing_is_told():
+    with pytest.warns(UserWarning, match="no strength made a difference in the first rung"):
+        suggest_strength(Held(), count, lambda model: (0.5, 0.5), steps=8, strengths=GRID)
+
+
+@pytest.mark.filterwarnings("ignore:the best strength", "ignore:no strength made a difference")
 def test_ties_go_to_the_weaker_at_the_end_and_to_the_stronger_before():
     assert suggest_strength(Held(), count, lambda model: (0.5, 0.5), steps=8, strengths=GRID, rungs=1).best == 1.0
     found = suggest_strength(Held(), count, lambda model: (0.5, 0.5), steps=8, strengths=GRID, rungs=2)
@@ -204,7 +210,7 @@ def generators():
     return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()  # noqa: NPY002
 
 
-@pytest.mark.filterwarnings("ignore:the best strength")
+@pytest.mark.filterwarnings("ignore:the best strength", "ignore:no strength made a difference")
 def test_everything_comes_back_untouched():
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(), nn.Linear(4, 2))
     ewc = EWC(model, strength=7.0)

@@ -68,7 +68,8 @@ def suggest_strength(
 
     Args:
         regularizer: protects the earlier tasks in ``regularizer.model``. Neither is changed. It is copied with its
-            model by ``copy.deepcopy``; hooks on an optimizer are not followed: make the optimizer in ``train``.
+            model by ``copy.deepcopy``. A copy belongs to no optimizer: what works by an optimizer's hooks is attached in
+            ``train``.
         train: ``train(model, regularizer)``, a generator function: an ordinary training loop on the new task that
             makes its own optimizer and has a ``yield`` after each step, outside of ``no_grad`` and ``autocast``. It
             gets a copy of the model, and the copy of the regularizer that protects it, with the strength already set.
@@ -93,7 +94,7 @@ def suggest_strength(
         RuntimeError: the training diverged with every strength; ``train`` yields within ``no_grad`` or ``autocast``.
 
     Warns:
-        UserWarning: the best strength is at an end of all that were tried.
+        UserWarning: the best strength is at an end of all that were tried; in the first rung, all did the same.
 
     >>> from limpet import EWC
     >>> model = nn.Linear(1, 1, bias=False)
@@ -133,6 +134,11 @@ def suggest_strength(
     for end, strength in (("weakest", min(search.tried)), ("strongest", max(search.tried))):
         if found.best == strength:
             warnings.warn(f"the best strength, {strength:g}, is the {end} of all that were tried", stacklevel=2)
+    if len(grid) > 1 and len({(trial.retained, trial.new) for trial in found.table if trial.rung == 1}) == 1:
+        warnings.warn(
+            "no strength made a difference in the first rung: does train use the regularizer that it is given?",
+            stacklevel=2,
+        )
     return found
 
 
