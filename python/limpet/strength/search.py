@@ -68,7 +68,7 @@ def suggest_strength(
 
     Args:
         regularizer: protects the earlier tasks in ``regularizer.model``. Neither is changed. It is copied with its
-            model by ``copy.deepcopy``. A copy belongs to no optimizer: what works by an optimizer's hooks is attached in
+            model by ``copy.deepcopy``. A copy belongs to no optimizer: what works by hooks on one is attached in
             ``train``.
         train: ``train(model, regularizer)``, a generator function: an ordinary training loop on the new task that
             makes its own optimizer and has a ``yield`` after each step, outside of ``no_grad`` and ``autocast``. It
