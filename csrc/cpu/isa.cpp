@@ -13,12 +13,14 @@ namespace limpet::cpu {
   void fill_fisher_linear(Kernels&); \
   void fill_fisher_conv(Kernels&);   \
   void fill_fisher_rows(Kernels&);   \
+  void fill_optim(Kernels&);         \
   static Kernels table() {           \
     Kernels kernels{};               \
     fill_quadratic(kernels);         \
     fill_fisher_linear(kernels);     \
     fill_fisher_conv(kernels);       \
     fill_fisher_rows(kernels);       \
+    fill_optim(kernels);             \
     return kernels;                  \
   }                                  \
   }
