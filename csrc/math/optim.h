@@ -11,12 +11,14 @@ namespace limpet::math {
 
 template <class S>
 struct AdamW {
-  S keep;             // 1 - lr * weight_decay
-  S lerp;             // 1 - beta1, or -beta1 from_grad
-  bool from_grad;     // the mean is taken from the gradient's end where that is nearer, and so exact where beta1 is 0
-  S beta2, square;    // square: 1 - beta2
-  S correction, eps;  // correction: sqrt(1 - beta2^t)
-  S step;             // -lr / (1 - beta1^t)
+  S keep;           // 1 - lr * weight_decay
+  S lerp;           // 1 - beta1, or -beta1 from_grad
+  bool from_grad;   // the mean is taken from the gradient's end where that is nearer, and so exact where beta1 is 0
+  S beta2, square;  // square: 1 - beta2
+  // sqrt(1 - beta2^t) is multiplied into these two, not divided by at each element: divisions are what a step waits
+  // for.
+  S eps;
+  S step;  // -lr / (1 - beta1^t)
 };
 
 // beta1_power, correction: beta1^t and sqrt(1 - beta2^t), t the number of this step, from 1.
@@ -29,9 +31,8 @@ LIMPET_FORMULA AdamW<S> adamw_settings(double lr, double weight_decay, double be
           from_grad,
           static_cast<S>(beta2),
           static_cast<S>(1 - beta2),
-          static_cast<S>(correction),
-          static_cast<S>(eps),
-          static_cast<S>(-lr / (1 - beta1_power))};
+          static_cast<S>(eps * correction),
+          static_cast<S>(-lr * correction / (1 - beta1_power))};
 }
 
 // The parameter after the step; `first`, `second` and, with AMSGrad, `largest` move on. root(V) is the square root.
@@ -42,8 +43,7 @@ LIMPET_FORMULA V adamw_step(const V& theta, const V& grad, V& first, V& second, 
   first = nearer + with.lerp * (grad - first);
   second = with.beta2 * second + with.square * grad * grad;
   if constexpr (amsgrad) largest = second <= largest ? largest : second;
-  const V denominator = root(amsgrad ? largest : second) / with.correction + with.eps;
-  return with.keep * theta + with.step * first / denominator;
+  return with.keep * theta + with.step * first / (root(amsgrad ? largest : second) + with.eps);
 }
 
 template <class S>
