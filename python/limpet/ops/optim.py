@@ -71,11 +71,13 @@ class _Lists:
                         self._scattered.append((tensor, tensors[k]))
         self._read_only = {id(t) for tensors in (grads, anchors, importances) for t in tensors}
         codes = _launch.DTYPE_CODES
+        theta, grad, first, second, largest, anchor, importance, integral, step = (
+            [t.data_ptr() for t in tensors] for tensors in (*lists, steps)
+        )
+        numel = [t.numel() for t in params]
+        a, b, c = ([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances))
         self.core = _core.OptimLists(
-            *([t.data_ptr() for t in tensors] for tensors in lists),
-            [t.data_ptr() for t in steps],
-            [t.numel() for t in params],
-            *([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances)),
+            theta, grad, first, second, largest, anchor, importance, integral, step, numel, a, b, c
         )
         self._alive = lists
 
@@ -281,11 +283,10 @@ def adamw_step_(
     >>> theta, omega
     (tensor([0.5000, 3.0000]), tensor([1., 0.]))
     """
-    whole = {"grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
-    _validate(params, **whole)
+    _validate(params, grads=grads, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
     _validate(
         params,
-        ("max_exp_avg_sqs", "anchors", "integrals", *(() if anchors else ("importances",))),
+        ("max_exp_avg_sqs", "integrals", *(() if anchors or importances else ("anchors", "importances"))),
         max_exp_avg_sqs=max_exp_avg_sqs,
         anchors=anchors,
         integrals=integrals,
@@ -372,7 +373,7 @@ def sgd_step_(
     _validate(params, grads=grads)
     _validate(
         params,
-        ("momentum_buffers", "anchors", "integrals", *(() if anchors else ("importances",))),
+        ("momentum_buffers", "integrals", *(() if anchors or importances else ("anchors", "importances"))),
         momentum_buffers=momentum_buffers,
         anchors=anchors,
         integrals=integrals,
