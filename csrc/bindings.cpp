@@ -10,6 +10,7 @@
 #include "check.h"
 #include "cpu/isa.h"
 #if defined(LIMPET_CUDA)
+#include "cuda/optim.h"
 #include "cuda/quadratic.h"
 #endif
 
@@ -105,6 +106,10 @@ SgdOptions sgd_options(const std::array<double, 4>& shared, double momentum, dou
 }
 
 #if defined(LIMPET_CUDA)
+cuda::DeviceScalars device_scalars(const std::array<Address, 3>& scalars) {
+  return {pointer<const double>(scalars[0]), pointer<const float>(scalars[1]), pointer<const float>(scalars[2])};
+}
+
 void bind_cuda(py::module_& m) {
   m.def("cuda_quadratic_workspace", [](const QuadraticLists& lists) {
     const auto tensors = lists.tensors();
@@ -128,6 +133,25 @@ void bind_cuda(py::module_& m) {
         return cuda::quadratic_grad(tensors.data(), count, strength, pointer<const void>(scalar), dtype, device,
                                     pointer<void>(stream));
     }
+  });
+  // scalars: learning rate, scale of the gradients, and what was found infinite, each an address or 0.
+  m.def("cuda_adamw_step", [](const OptimLists& lists, const std::array<double, 4>& shared, double beta1, double beta2,
+                              double eps, const std::array<Address, 3>& scalars, int device, Address stream) {
+    const auto tensors = lists.tensors();
+    const auto options = adamw_options(shared, beta1, beta2, eps);
+    const auto on_device = device_scalars(scalars);
+    const py::gil_scoped_release release;
+    cuda::adamw_step(tensors.data(), static_cast<int>(tensors.size()), options, on_device, device,
+                     pointer<void>(stream));
+  });
+  m.def("cuda_sgd_step", [](const OptimLists& lists, const std::array<double, 4>& shared, double momentum,
+                            double dampening, bool nesterov, bool first_step, const std::array<Address, 3>& scalars,
+                            int device, Address stream) {
+    const auto tensors = lists.tensors();
+    const auto options = sgd_options(shared, momentum, dampening, nesterov, first_step);
+    const auto on_device = device_scalars(scalars);
+    const py::gil_scoped_release release;
+    cuda::sgd_step(tensors.data(), static_cast<int>(tensors.size()), options, on_device, device, pointer<void>(stream));
   });
 }
 #endif

@@ -32,6 +32,12 @@ BESIDE = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """The networks are tiny: a second thread would only be waited for."""
+    torch.set_num_threads(1)
+
+
 def net(dtype=torch.float32):
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 33), nn.Tanh(), nn.Linear(33, 4)).to(dtype)

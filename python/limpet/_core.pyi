@@ -67,6 +67,29 @@ def sgd_step(
     threads: int,
     /,
 ) -> None: ...
+def cuda_adamw_step(
+    lists: OptimLists,
+    shared: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scalars: Sizes,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_sgd_step(
+    lists: OptimLists,
+    shared: Sequence[float],
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    first_step: bool,
+    scalars: Sizes,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def linear_workspace(sizes: Sizes, dtype: int, threads: int, /) -> int: ...
 def sum_grad_squared_linear(
     total: int,

@@ -6,7 +6,7 @@ not change. Lists are whole or empty: all parameters of a call have an anchor or
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,7 @@ class _Lists:
         self.core = _core.OptimLists(
             theta, grad, first, second, largest, anchor, importance, integral, step, numel, a, b, c
         )
+        self.device = params[0].device
         self._alive = lists
 
     def finish(self) -> None:
@@ -88,71 +89,93 @@ class _Lists:
                 tensor.copy_(packed)
 
 
-def _grad_factor(maximize: bool, grad_scale: Tensor | None) -> float:
-    factor = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    return -factor if maximize else factor
-
-
-# --- CPU -------------------------------------------------------------------------------------------------------------
-
-
-def _adamw_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    integrals: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    strength: float,
-    lr: Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
+def _step_cpu(name: str, lists: _Lists, own: Sequence[Any], shared: tuple[float, float, float], *scalars: Any) -> None:
+    lr, grad_scale, found_inf = scalars
+    weight_decay, sign, strength = shared
     if found_inf is not None and found_inf.item():
         return
-    moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-    lists = _Lists(params, grads, moments, anchors, importances, integrals, steps)
-    shared = (float(lr), weight_decay, _grad_factor(maximize, grad_scale), strength)
-    _core.adamw_step(lists.core, shared, beta1, beta2, eps, _launch.threads())
+    factor = sign if grad_scale is None else sign / float(grad_scale)
+    getattr(_core, name)(lists.core, (float(lr), weight_decay, factor, strength), *own, _launch.threads())
     lists.finish()
 
 
-def _sgd_cpu(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    integrals: Sequence[Tensor],
-    anchors: Sequence[Tensor],
-    importances: Sequence[Tensor],
-    strength: float,
-    lr: Tensor,
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    first_step: bool,
-    weight_decay: float,
-    maximize: bool,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-) -> None:
-    if found_inf is not None and found_inf.item():
-        return
-    lists = _Lists(params, grads, (momentum_buffers, (), ()), anchors, importances, integrals)
-    shared = (float(lr), weight_decay, _grad_factor(maximize, grad_scale), strength)
-    _core.sgd_step(lists.core, shared, momentum, dampening, nesterov, first_step, _launch.threads())
+def _step_cuda(name: str, lists: _Lists, own: Sequence[Any], shared: tuple[float, float, float], *scalars: Any) -> None:
+    """Launch only: what the device alone knows is passed by its address, or 0."""
+    lr, *scaler = scalars
+    device = lists.device
+    rate = 0.0 if lr.is_cuda else float(lr)
+    lr = lr.double() if lr.is_cuda else None
+    on_device = [lr, *(None if t is None else t.to(device, torch.float32) for t in scaler)]
+    addresses = [0 if t is None else t.data_ptr() for t in on_device]
+    stream = torch.cuda.current_stream(device).cuda_stream
+    weight_decay, sign, strength = shared
+    launch = getattr(_core, f"cuda_{name}")
+    launch(lists.core, (rate, weight_decay, sign, strength), *own, addresses, device.index, stream)
     lists.finish()
 
 
-LIBRARY.impl("adamw_step_", _adamw_cpu, "CPU")
-LIBRARY.impl("sgd_step_", _sgd_cpu, "CPU")
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _kernels(step: Callable[..., None]) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Both ops with the arguments of their schemas, on the device of ``step``."""
+
+    def adamw(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        max_exp_avg_sqs: Sequence[Tensor],
+        steps: Sequence[Tensor],
+        integrals: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        importances: Sequence[Tensor],
+        strength: float,
+        lr: Tensor,
+        beta1: float,
+        beta2: float,
+        eps: float,
+        weight_decay: float,
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
+        lists = _Lists(params, grads, moments, anchors, importances, integrals, steps)
+        shared = (weight_decay, -1.0 if maximize else 1.0, strength)
+        step("adamw_step", lists, (beta1, beta2, eps), shared, lr, grad_scale, found_inf)
+
+    def sgd(
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        momentum_buffers: Sequence[Tensor],
+        integrals: Sequence[Tensor],
+        anchors: Sequence[Tensor],
+        importances: Sequence[Tensor],
+        strength: float,
+        lr: Tensor,
+        momentum: float,
+        dampening: float,
+        nesterov: bool,
+        first_step: bool,
+        weight_decay: float,
+        maximize: bool,
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        lists = _Lists(params, grads, (momentum_buffers, (), ()), anchors, importances, integrals)
+        shared = (weight_decay, -1.0 if maximize else 1.0, strength)
+        step("sgd_step", lists, (momentum, dampening, nesterov, first_step), shared, lr, grad_scale, found_inf)
+
+    return adamw, sgd
+
+
+_devices = {"CPU": _step_cpu}
+if _core.build_info()["cuda"] and torch.version.cuda is not None:  # on AMD the CUDA key is HIP: the reference serves
+    _devices["CUDA"] = _step_cuda
+for _key, _step in _devices.items():
+    for _name, _kernel in zip(("adamw_step_", "sgd_step_"), _kernels(_step), strict=True):
+        LIBRARY.impl(_name, _kernel, _key)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------
