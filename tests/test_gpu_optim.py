@@ -121,8 +121,8 @@ def test_in_a_cuda_graph(name):
     def made(model):
         penalty = Integrating(model.cpu(), 0.5)
         model.cuda()
-        for tensors in (penalty.anchors, penalty.importances, penalty.integrals):
-            tensors.update({n: t.cuda() for n, t in tensors.items()})
+        for kept in (penalty.anchors, penalty.importances, penalty.integrals):
+            kept.update({n: t.cuda() for n, t in kept.items()})
         settings = {**options, "lr": options["lr"].clone()}
         return penalty, OURS[name](model.parameters(), **settings, regularizers=[penalty])
 

@@ -1,13 +1,16 @@
 """The optimizer ops against their float64 reference: every dtype, what is absent, what must not change."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limpet import ops, reference
+from limpet import _core, ops, reference
 from tolerances import assert_close, relative_error
 
 SHAPES = [(), (1,), (0,), (3, 5), (7, 0, 2), (16384,), (16401,), (64, 3, 3, 3)]
@@ -264,3 +267,29 @@ def test_opcheck():
             torch.library.opcheck(op, (), {"grad_scale": None, "found_inf": None, **arguments})
 
         step(made, check)
+
+
+EVERY_DTYPE = """
+import os, sys
+import torch
+sys.path.insert(0, os.environ["TESTS"])
+import test_optim_ops as tests
+from limpet import _core
+assert _core.build_info()["instruction_set"] == os.environ["LIMPET_CPU"]
+torch.manual_seed(0)
+for kind in tests.STEPS:
+    for dtype in (torch.float64, *tests.NARROW):
+        wide = tests.reference.wide(dtype)
+        tests.assert_agrees(kind, tests.tensors(tests.SHAPES, dtype, wide, wide))
+print("every dtype agrees")
+"""
+
+
+@pytest.mark.parametrize("level", _core.build_info()["instruction_sets"])
+def test_each_instruction_set(level):
+    environment = {**os.environ, "TESTS": os.path.dirname(__file__), "LIMPET_CPU": level}
+    run = [sys.executable, "-c", EVERY_DTYPE]
+    done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+    if "this processor does not have it" in done.stderr:
+        pytest.skip(f"this processor does not have {level}")
+    assert done.stdout == "every dtype agrees\n", done.stderr

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limpet import _checks, _core, _launch, reference
+from limpet import _checks, _core, reference
 from limpet.ops._library import LIBRARY, define
-from limpet.ops.quadratic import _flat
+from limpet.ops._optim_launch import Lists, step_cpu, step_cuda
 
 # --- schemas, reference backend, fakes -------------------------------------------------------------------------------
 
@@ -41,77 +41,6 @@ define(
 
 _adamw = torch.ops.limpet.adamw_step_.default
 _sgd = torch.ops.limpet.sgd_step_.default
-
-
-# --- launch ----------------------------------------------------------------------------------------------------------
-
-
-class _Lists:
-    """The tensors as the kernels take them; what lies in memory differently is brought into one order first."""
-
-    def __init__(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        moments: Sequence[Sequence[Tensor]],  # first, second, largest
-        anchors: Sequence[Tensor],
-        importances: Sequence[Tensor],
-        integrals: Sequence[Tensor],
-        steps: Sequence[Tensor] = (),
-    ) -> None:
-        lists = [list(tensors) for tensors in (params, grads, *moments, anchors, importances, integrals)]
-        used = [tensors for tensors in lists if tensors]
-        self._scattered: list[tuple[Tensor, Tensor]] = []
-        for k in range(len(params)):
-            here = [tensors[k] for tensors in used]
-            if not _flat(here):
-                for tensors, tensor in zip(used, here, strict=True):
-                    tensors[k] = tensor.contiguous()
-                    if tensors[k] is not tensor:
-                        self._scattered.append((tensor, tensors[k]))
-        self._read_only = {id(t) for tensors in (grads, anchors, importances) for t in tensors}
-        codes = _launch.DTYPE_CODES
-        theta, grad, first, second, largest, anchor, importance, integral, step = (
-            [t.data_ptr() for t in tensors] for tensors in (*lists, steps)
-        )
-        numel = [t.numel() for t in params]
-        a, b, c = ([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances))
-        self.core = _core.OptimLists(
-            theta, grad, first, second, largest, anchor, importance, integral, step, numel, a, b, c
-        )
-        self.device = params[0].device
-        self._alive = lists
-
-    def finish(self) -> None:
-        """Bring what was copied and has changed back to where it lies."""
-        for tensor, packed in self._scattered:
-            if id(tensor) not in self._read_only:
-                tensor.copy_(packed)
-
-
-def _step_cpu(name: str, lists: _Lists, own: Sequence[Any], shared: tuple[float, float, float], *scalars: Any) -> None:
-    lr, grad_scale, found_inf = scalars
-    weight_decay, sign, strength = shared
-    if found_inf is not None and found_inf.item():
-        return
-    factor = sign if grad_scale is None else sign / float(grad_scale)
-    getattr(_core, name)(lists.core, (float(lr), weight_decay, factor, strength), *own, _launch.threads())
-    lists.finish()
-
-
-def _step_cuda(name: str, lists: _Lists, own: Sequence[Any], shared: tuple[float, float, float], *scalars: Any) -> None:
-    """Launch only: what the device alone knows is passed by its address, or 0."""
-    lr, *scaler = scalars
-    device = lists.device
-    rate = 0.0 if lr.is_cuda else float(lr)
-    lr = lr.double() if lr.is_cuda else None
-    on_device = [lr, *(None if t is None else t.to(device, torch.float32) for t in scaler)]
-    addresses = [0 if t is None else t.data_ptr() for t in on_device]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    weight_decay, sign, strength = shared
-    launch = getattr(_core, f"cuda_{name}")
-    launch(lists.core, (rate, weight_decay, sign, strength), *own, addresses, device.index, stream)
-    lists.finish()
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
@@ -141,7 +70,7 @@ def _kernels(step: Callable[..., None]) -> tuple[Callable[..., None], Callable[.
         found_inf: Tensor | None,
     ) -> None:
         moments = (exp_avgs, exp_avg_sqs, max_exp_avg_sqs)
-        lists = _Lists(params, grads, moments, anchors, importances, integrals, steps)
+        lists = Lists(params, grads, moments, anchors, importances, integrals, steps)
         shared = (weight_decay, -1.0 if maximize else 1.0, strength)
         step("adamw_step", lists, (beta1, beta2, eps), shared, lr, grad_scale, found_inf)
 
@@ -163,16 +92,16 @@ def _kernels(step: Callable[..., None]) -> tuple[Callable[..., None], Callable[.
         grad_scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> None:
-        lists = _Lists(params, grads, (momentum_buffers, (), ()), anchors, importances, integrals)
+        lists = Lists(params, grads, (momentum_buffers, (), ()), anchors, importances, integrals)
         shared = (weight_decay, -1.0 if maximize else 1.0, strength)
         step("sgd_step", lists, (momentum, dampening, nesterov, first_step), shared, lr, grad_scale, found_inf)
 
     return adamw, sgd
 
 
-_devices = {"CPU": _step_cpu}
+_devices = {"CPU": step_cpu}
 if _core.build_info()["cuda"] and torch.version.cuda is not None:  # on AMD the CUDA key is HIP: the reference serves
-    _devices["CUDA"] = _step_cuda
+    _devices["CUDA"] = step_cuda
 for _key, _step in _devices.items():
     for _name, _kernel in zip(("adamw_step_", "sgd_step_"), _kernels(_step), strict=True):
         LIBRARY.impl(_name, _kernel, _key)
