@@ -14,6 +14,7 @@ namespace limpet::cpu {
   void fill_fisher_conv(Kernels&);   \
   void fill_fisher_rows(Kernels&);   \
   void fill_path_integral(Kernels&); \
+  void fill_optim(Kernels&);         \
   static Kernels table() {           \
     Kernels kernels{};               \
     fill_quadratic(kernels);         \
@@ -21,6 +22,7 @@ namespace limpet::cpu {
     fill_fisher_conv(kernels);       \
     fill_fisher_rows(kernels);       \
     fill_path_integral(kernels);     \
+    fill_optim(kernels);             \
     return kernels;                  \
   }                                  \
   }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "optim_tensor.h"
 #include "path_integral_tensor.h"
 #include "quadratic_tensor.h"
 
@@ -69,6 +70,9 @@ struct Kernels {
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);
   // integral -= (grad - strength F (previous - anchor)) (theta - previous); previous = theta.
   void (*path_integral)(const PathIntegralTensor* tensors, std::int64_t count, double strength, int threads);
+  // One step; every *step is raised first.
+  void (*adamw_step)(const OptimTensor* tensors, std::int64_t count, const AdamWOptions& options, int threads);
+  void (*sgd_step)(const OptimTensor* tensors, std::int64_t count, const SgdOptions& options, int threads);
 };
 
 // The table in use, and its name: the best that the processor has, or the one LIMPET_CPU asks for.

@@ -3,10 +3,10 @@
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
 ['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
- 'RWalk', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'suggest_strength']
+ 'RWalk', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
 """
 
-from limpet import ops
+from limpet import ops, optim
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
 from limpet.methods import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
@@ -24,5 +24,6 @@ __all__ = [
     "SynapticIntelligence",
     "diagonal_fisher",
     "ops",
+    "optim",
     "suggest_strength",
 ]

@@ -34,6 +34,62 @@ def cuda_quadratic(
     stream: int,
     /,
 ) -> None: ...
+
+class OptimLists:
+    def __init__(
+        self,
+        theta: Sizes,
+        grad: Sizes,
+        first: Sizes,
+        second: Sizes,
+        largest: Sizes,
+        anchor: Sizes,
+        importance: Sizes,
+        integral: Sizes,
+        step: Sizes,
+        numel: Sizes,
+        dtype: Sizes,
+        anchor_dtype: Sizes,
+        importance_dtype: Sizes,
+        /,
+    ) -> None: ...
+
+def adamw_step(
+    lists: OptimLists, shared: Sequence[float], beta1: float, beta2: float, eps: float, threads: int, /
+) -> None: ...
+def sgd_step(
+    lists: OptimLists,
+    shared: Sequence[float],
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    first_step: bool,
+    threads: int,
+    /,
+) -> None: ...
+def cuda_adamw_step(
+    lists: OptimLists,
+    shared: Sequence[float],
+    beta1: float,
+    beta2: float,
+    eps: float,
+    scalars: Sizes,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
+def cuda_sgd_step(
+    lists: OptimLists,
+    shared: Sequence[float],
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    first_step: bool,
+    scalars: Sizes,
+    device: int,
+    stream: int,
+    /,
+) -> None: ...
 def linear_workspace(sizes: Sizes, dtype: int, threads: int, /) -> int: ...
 def sum_grad_squared_linear(
     total: int,

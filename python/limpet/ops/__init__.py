@@ -7,13 +7,16 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.optim import adamw_step_, sgd_step_
 from limpet.ops.path_integral import path_integral_update_
 from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
 
 __all__ = [
+    "adamw_step_",
     "add_quadratic_penalty_grad_",
     "path_integral_update_",
     "quadratic_penalty",
+    "sgd_step_",
     "sum_grad_squared_bias",
     "sum_grad_squared_conv",
     "sum_grad_squared_embedding",

@@ -1,0 +1,156 @@
+"""What regularizers ask of an optimizer's step, brought down to one quadratic and one path integral per parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from limpet import _checks
+from limpet.reference import wide
+
+_DTYPES = frozenset(_checks.FLOAT_DTYPES)
+
+
+@runtime_checkable
+class Regularizer(Protocol):
+    """What a fused optimizer asks of a regularizer: EWC, Synaptic Intelligence, or one's own.
+
+    A regularizer that also has ``integrals``, a dict of path integrals by parameter name, has them updated by the step.
+    """
+
+    model: nn.Module
+
+    def quadratic(self) -> tuple[dict[str, Tensor], dict[str, Tensor], float]:
+        """Anchors and importances by parameter name, and the strength: ``strength / 2 * sum F (theta - anchor)^2``.
+
+        Empty dicts where nothing is protected yet. Asked for at every step.
+        """
+
+
+class Quadratic(NamedTuple):
+    """The penalty ``strength / 2 * sum F (theta - anchor)^2`` of one parameter."""
+
+    anchor: Tensor  # [*]
+    importance: Tensor  # [*]
+    strength: float
+
+
+class _Merged(NamedTuple):
+    """A quadratic computed from several, and what it was computed from."""
+
+    parts: list[Quadratic]
+    versions: list[object]
+    result: Quadratic
+
+
+class Regularization:
+    """The regularizers of one optimizer; parameters are matched by identity, through each regularizer's model."""
+
+    def __init__(self, regularizers: Any) -> None:
+        if isinstance(regularizers, (str, bytes, dict, Tensor)) or not isinstance(regularizers, Iterable):
+            raise TypeError(f"regularizers must be a list or tuple, got {_checks.describe(regularizers)}")
+        self._regularizers = tuple(regularizers)
+        for k, regularizer in enumerate(self._regularizers):
+            if not isinstance(getattr(regularizer, "model", None), nn.Module):
+                raise TypeError(f"regularizers[{k}].model must be a module, got {_checks.describe(regularizer)}")
+            if not callable(getattr(regularizer, "quadratic", None)):
+                raise TypeError(
+                    f"regularizers[{k}] must have a method quadratic(), got {_checks.describe(regularizer)}"
+                )
+        integrating = [k for k, regularizer in enumerate(self._regularizers) if hasattr(regularizer, "integrals")]
+        if len(integrating) > 1:
+            raise ValueError(f"at most one of regularizers may have path integrals, got them in {integrating}")
+        self._named: list[dict[str, nn.Parameter]] = [{} for _ in self._regularizers]
+        self._merged: dict[Tensor, _Merged] = {}
+
+    def require_shared(self, params: Iterable[Tensor]) -> None:
+        """Require that every regularizer's model has a parameter among ``params``."""
+        known = set(params)
+        for k, regularizer in enumerate(self._regularizers):
+            if known.isdisjoint(regularizer.model.parameters()):
+                raise ValueError(f"regularizers[{k}].model shares no parameter with the optimizer")
+
+    def quadratics(self) -> dict[Tensor, Quadratic]:
+        """One quadratic for each protected parameter: a regularizer's own tensors, or the sum of several."""
+        found: dict[Tensor, list[Quadratic]] = {}
+        for k, regularizer in enumerate(self._regularizers):
+            anchors, importances, strength = regularizer.quadratic()
+            strength = _checks.finite_number(f"strength of regularizers[{k}]", strength)
+            if anchors.keys() != importances.keys():
+                names = sorted(anchors.keys() ^ importances.keys())
+                raise ValueError(
+                    f"regularizers[{k}] must give anchors and importances of the same names, not so: {names}"
+                )
+            for name, param in self._params(k, anchors):
+                quadratic = Quadratic(anchors[name], importances[name], strength)
+                _check(k, name, param, "anchor", quadratic.anchor)
+                _check(k, name, param, "importance", quadratic.importance)
+                found.setdefault(param, []).append(quadratic)
+        self._merged = {param: merged for param, merged in self._merged.items() if len(found.get(param, ())) > 1}
+        return {param: parts[0] if len(parts) == 1 else self._sum(param, parts) for param, parts in found.items()}
+
+    def integrals(self) -> dict[Tensor, Tensor]:
+        """The path integral of each parameter that has one."""
+        found: dict[Tensor, Tensor] = {}
+        for k, regularizer in enumerate(self._regularizers):
+            integrals: dict[str, Tensor] = getattr(regularizer, "integrals", {})
+            for name, param in self._params(k, integrals):
+                _check(k, name, param, "path integral", integrals[name], exactly=wide(param.dtype))
+                found[param] = integrals[name]
+        return found
+
+    def _params(self, k: int, tensors: dict[str, Tensor]) -> Iterator[tuple[str, nn.Parameter]]:
+        """The names of ``tensors`` with the parameters that have them; a model is walked only where one is unknown."""
+        if not tensors.keys() <= self._named[k].keys():
+            self._named[k] = dict(self._regularizers[k].model.named_parameters())
+        for name in tensors:
+            param = self._named[k].get(name)
+            if param is None:
+                raise RuntimeError(f"the model of regularizers[{k}] has no parameter {name!r}")
+            yield name, param
+
+    def forget_names(self) -> None:
+        """Look names up again at the next step."""
+        self._named = [{} for _ in self._regularizers]
+
+    def _sum(self, param: Tensor, parts: list[Quadratic]) -> Quadratic:
+        """``sum s F`` and the anchor ``sum s F a / sum s F``: the same gradient. Computed again when a part changed."""
+        versions = [_version(tensor) for part in parts for tensor in part[:2]]
+        known = self._merged.get(param)
+        if known is None or known.versions != versions or not _same(known.parts, parts):
+            dtype = wide(param.dtype)
+            weights = [part.strength * part.importance.double() for part in parts]
+            total = torch.stack(weights).sum(0)
+            first = parts[0].anchor.double()
+            # From the first anchor on, so that equal anchors stay what they are and unimportant ones are defined.
+            offset = sum(w * (part.anchor.double() - first) for w, part in zip(weights, parts, strict=True))
+            anchor = first + torch.where(total == 0, 0.0, offset / total)
+            merged = [torch.empty_like(param, dtype=dtype).copy_(tensor) for tensor in (anchor, total)]
+            known = self._merged[param] = _Merged(parts, versions, Quadratic(merged[0], merged[1], 1.0))
+        return known.result
+
+
+def _same(old: list[Quadratic], new: list[Quadratic]) -> bool:
+    """Whether the same tensors enter with the same strengths."""
+    return len(old) == len(new) and all(
+        a.anchor is b.anchor and a.importance is b.importance and a.strength == b.strength
+        for a, b in zip(old, new, strict=True)
+    )
+
+
+def _version(tensor: Tensor) -> object:
+    """What differs once the tensor has been changed in place; always, for inference tensors, which do not count."""
+    return object() if tensor.is_inference() else tensor._version
+
+
+def _check(k: int, name: str, param: Tensor, what: str, tensor: Tensor, exactly: torch.dtype | None = None) -> None:
+    """Require that a regularizer's tensor lies beside its parameter."""
+    fits = tensor.dtype == exactly if exactly else (tensor.dtype == torch.float64) == (param.dtype == torch.float64)
+    if not fits or tensor.dtype not in _DTYPES or tensor.shape != param.shape or tensor.device != param.device:
+        raise ValueError(
+            f"regularizers[{k}]: the {what} of {name!r} must fit {_checks.describe(param.data)}, "
+            f"got {_checks.describe(tensor)}"
+        )
