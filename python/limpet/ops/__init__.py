@@ -7,11 +7,14 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.narrow import pack_anchor, pack_importance, unpack_anchor, unpack_importance
 from limpet.ops.path_integral import path_integral_update_
 from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
 
 __all__ = [
     "add_quadratic_penalty_grad_",
+    "pack_anchor",
+    "pack_importance",
     "path_integral_update_",
     "quadratic_penalty",
     "sum_grad_squared_bias",
@@ -19,4 +22,6 @@ __all__ = [
     "sum_grad_squared_embedding",
     "sum_grad_squared_linear",
     "sum_grad_squared_scale",
+    "unpack_anchor",
+    "unpack_importance",
 ]
