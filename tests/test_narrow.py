@@ -86,6 +86,29 @@ def test_denormal_importances():
     assert kept_importance(torch.tensor([1e-44])).item() == 0
 
 
+def test_rounding_at_random_is_right_on_average():
+    values = torch.cat([torch.ones(1), torch.full((1023,), 0.0123)]).repeat(200)
+    packed = ops.pack_importance(values, generator=torch.Generator().manual_seed(1))
+    got = ops.unpack_importance(packed, values.shape)[values < 1]
+    neighbours = got.unique()
+    assert len(neighbours) == 2
+    assert neighbours[0] < 0.0123 < neighbours[1]
+    assert abs(got.double().mean() - 0.0123) < 5 * got.double().std() / len(got) ** 0.5
+    again = ops.pack_importance(values, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(again, packed)
+
+
+def test_rounding_at_random_keeps_the_sum_of_many_tasks():
+    generator = torch.Generator().manual_seed(2)
+    task, kept = torch.exp2(-8 * torch.rand(20_000)), {None: torch.zeros(20_000), generator: torch.zeros(20_000)}
+    for _ in range(60):
+        for rounding in kept:
+            packed = ops.pack_importance(kept[rounding] + task, generator=rounding)
+            kept[rounding] = ops.unpack_importance(packed, task.shape)
+    assert abs(kept[generator].sum() / (60 * task.sum()) - 1) < 0.01
+    assert kept[None].sum() < 0.95 * 60 * task.sum()  # why the generator is there
+
+
 def test_a_negative_zero_is_zero():
     assert torch.equal(kept_importance(torch.tensor([-0.0, 1.0])).signbit(), torch.tensor([False, False]))
 

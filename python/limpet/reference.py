@@ -47,19 +47,29 @@ def _float_of(bits: Tensor) -> Tensor:  # [*] int32 -> [*] float32
 
 def pack_log8(
     importance: Tensor,  # [*], at least 0
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # [bytes] uint8
     """Eight bits an element: ``bits(value) = bits(top) - 4096 (255 - code)^2`` of float32s; code 0 is 0.
 
     ``top`` is the block's largest value, cut to bfloat16. Float32's bits are a logarithm in straight pieces, on which
-    this rounds to the nearest code. What is below half of the smallest positive code becomes 0.
+    this rounds to the nearest code; with a generator to either neighbour at random, the nearer the likelier, and so
+    does the top. What is below half of the smallest positive code becomes 0.
     """
     values = _blocks(importance.abs())  # no negative zeros
     bits = values.view(torch.int32)
-    top = bits.amax(dim=1, keepdim=True) >> 16 << 16  # [blocks, 1]
+    largest = bits.amax(dim=1, keepdim=True)  # [blocks, 1]
+    threshold: Tensor | float = 0.5
+    if generator is not None:
+        dropped = torch.rand(largest.shape, generator=generator, device=bits.device)
+        largest = largest + (dropped * 0x10000).int()
+        threshold = torch.rand(bits.shape, generator=generator, device=bits.device)
+    top = largest >> 16 << 16
     lowest = (top / _DEPTH).sqrt().floor().clamp(max=254)  # [blocks, 1]; deeper would be below the float 0
-    depth = (((top - bits).clamp(min=0) / _DEPTH - 0.25).clamp(min=0).sqrt().round()).minimum(lowest).int()
-    nearest = _float_of(top - _DEPTH * depth * depth)
-    codes = torch.where((values == 0) | (values < nearest / 2), 0, 255 - depth).to(torch.uint8)
+    square = (top - bits).clamp(min=0) / _DEPTH
+    depth = square.sqrt().floor()
+    depth = (depth + ((square - depth * depth) / (2 * depth + 1) > threshold)).minimum(lowest).int()
+    decoded = _float_of(top - _DEPTH * depth * depth)
+    codes = torch.where((values == 0) | (values < decoded / 2), 0, 255 - depth).to(torch.uint8)
     return _packed(codes.flatten()[: importance.numel()], (top.flatten() >> 16).to(torch.int16))
 
 
@@ -83,7 +93,7 @@ def pack_fixed16(
     """
     values = _blocks(anchor)
     largest = values.abs().amax(dim=1, keepdim=True)
-    scale = _float_of(((largest / 32767).view(torch.int32) + 0xFFFF) >> 16 << 16)  # [blocks, 1]
+    scale = _float_of(((largest * (1 / 32767)).view(torch.int32) + 0xFFFF) >> 16 << 16)  # [blocks, 1]
     codes = torch.where(scale > 0, values / scale, 0.0).round().clamp(-32767, 32767).to(torch.int16)
     scales = (scale.flatten().view(torch.int32) >> 16).to(torch.int16)
     return _packed(codes.flatten()[: anchor.numel()], scales).view(torch.int16)

@@ -34,6 +34,8 @@ def packed_size(format: str, numel: int) -> int:
 
 def pack_importance(
     importance: Tensor,  # [*]
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # [bytes] uint8
     r"""Importances in 8 bits each, spaced logarithmically below the largest of their block (``log8``).
 
@@ -45,8 +47,12 @@ def pack_importance(
     most 0.8 % at the top, 2.2 % in the first octave, 4.5 % in the first four, 8.5 % in sixteen and 12.5 % at the end:
     most of a penalty's gradient comes from the largest importances, and the small ones still count.
 
+    A running sum that is stored anew after each of many tasks stands still once a task adds less than half a step.
+    Give a ``generator`` then: values are rounded up or down at random, so that the sum is right on average.
+
     Args:
         importance: float32, bfloat16 or float16, finite and at least 0, of any shape and layout.
+        generator: what the rounding is drawn from, on the same device; to the nearest code where there is none.
 
     Returns:
         1 byte an element, to a multiple of 16, and 2 for each block of 1024. Same device, and one dimension.
@@ -64,7 +70,7 @@ def pack_importance(
         low, high = importance.detach().aminmax()
         if not (low >= 0 and high < math.inf):
             raise ValueError(f"importance must be finite and at least 0, got values from {low:g} to {high:g}")
-    return reference.pack_log8(importance.detach())
+    return reference.pack_log8(importance.detach(), generator)
 
 
 def unpack_importance(
