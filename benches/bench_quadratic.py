@@ -66,6 +66,30 @@ def test_against_the_bytes_floor(name, compare, in_earnest):
     compare(f"penalty and gradient, {name}", "20 bytes each at copy speed", bound, calls, scale=scale)
 
 
+NARROW = {
+    "8-bit importances": (lambda a: a, ops.pack_importance),
+    "16-bit anchors": (ops.pack_anchor, lambda f: f),
+    "24-bit anchors": (lambda a: ops.pack_anchor(a, "split24"), lambda f: f),
+    "8-bit importances, 16-bit anchors": (ops.pack_anchor, ops.pack_importance),
+    "8-bit importances, 24-bit anchors": (lambda a: ops.pack_anchor(a, "split24"), ops.pack_importance),
+    "bfloat16 both": (lambda a: a.bfloat16(), lambda f: f.bfloat16()),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_narrow_storage_against_float32(name, compare):
+    params, anchors, importances = inputs(name)
+
+    def call(store_anchor, store_importance):
+        lists = params, [store_anchor(a) for a in anchors], [store_importance(f) for f in importances]
+        return lambda: ops.add_quadratic_penalty_grad_(*lists, 10.0)
+
+    calls = {what: call(*stores) for what, stores in NARROW.items()}
+    calls["ours"] = calls.pop("8-bit importances")
+    calls["baseline"] = call(lambda a: a, lambda f: f)
+    compare(f"penalty and gradient, 8-bit importances, {name}", "float32 importances", "at most 1.0", calls)
+
+
 ALLOCATORS = {
     "glibc defaults": {},
     "MALLOC_MMAP_MAX_=0": {

@@ -36,11 +36,11 @@ T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// The tensors of a model as lists, one entry per parameter: addresses, element counts, dtype codes.
+// The tensors of a model as lists, one entry per parameter: addresses, element counts, codes of dtypes and storages.
 struct QuadraticLists {
   std::vector<Address> theta, grad, anchor, importance;  // grad is empty where only the value is wanted
   Sizes numel;
-  std::vector<int> theta_dtype, anchor_dtype, importance_dtype;
+  std::vector<int> theta_dtype, anchor_storage, importance_storage;
 
   std::vector<QuadraticTensor> tensors() const {
     std::vector<QuadraticTensor> all(theta.size());
@@ -51,8 +51,8 @@ struct QuadraticLists {
                 pointer<const void>(importance[k]),
                 numel[k],
                 static_cast<Dtype>(theta_dtype[k]),
-                static_cast<Dtype>(anchor_dtype[k]),
-                static_cast<Dtype>(importance_dtype[k])};
+                static_cast<Storage>(anchor_storage[k]),
+                static_cast<Storage>(importance_storage[k])};
     return all;
   }
 };

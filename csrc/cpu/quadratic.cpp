@@ -5,6 +5,7 @@
 
 #include "math/quadratic.h"
 #include "cpu/isa.h"
+#include "cpu/narrow.h"
 #include "cpu/parallel.h"
 #include "cpu/vector.h"
 
@@ -12,19 +13,12 @@ namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
 constexpr std::int64_t kChunk = 16384;  // elements: 320 KB of float32 streams
+static_assert(kChunk % math::kNarrowBlock == 0, "a block must not lie in two chunks");
 
 template <class S>
 struct DoubleVector {  // as many doubles as a Vector<S> has lanes
   typedef double type __attribute__((vector_size(lanes<S> * 8)));
 };
-
-// Up to one vector of elements from `from`, zero behind them.
-template <class Stored>
-LIMPET_FORMULA Vector<Compute<Stored>> load_some(const Stored* from, std::int64_t count) {
-  Stored padded[lanes<Compute<Stored>>] = {};
-  std::memcpy(padded, from, static_cast<std::size_t>(count) * sizeof(Stored));
-  return load(padded);
-}
 
 template <QuadraticGrad mode, class Theta>
 LIMPET_FORMULA void update(const Vector<Compute<Theta>>& weighted, const Vector<Compute<Theta>>& factor, Theta* grad) {
@@ -39,28 +33,34 @@ double chunk(const QuadraticTensor& tensor, std::int64_t begin, std::int64_t end
   using Sum = typename DoubleVector<S>::type;
   const Theta* theta = static_cast<const Theta*>(tensor.theta);
   Theta* grad = static_cast<Theta*>(tensor.grad);
-  const Anchor* anchor = static_cast<const Anchor*>(tensor.anchor);
-  const Importance* importance = static_cast<const Importance*>(tensor.importance);
+  constexpr bool blocks = Reader<Anchor>::blocks || Reader<Importance>::blocks;
+  constexpr std::int64_t run = blocks ? math::kNarrowBlock : kChunk;  // elements that one reader serves
+  const Reader<Theta> params(theta, tensor.numel, 0);
   const Vector<S> factors = broadcast(static_cast<S>(factor));
 
   Sum sums = {};
-  std::int64_t i = begin;
-  for (; i + width <= end; i += width) {
-    const auto term = math::quadratic_term<Vector<S>>(load(theta + i), load(anchor + i), load(importance + i));
-    sums += __builtin_convertvector(term.value, Sum);
-    update<mode>(term.weighted, factors, grad + i);
-  }
-  if (i < end) {  // the importance of padding is zero, and so are its terms
-    const std::int64_t rest = end - i;
-    const auto term = math::quadratic_term<Vector<S>>(load_some(theta + i, rest), load_some(anchor + i, rest),
-                                                      load_some(importance + i, rest));
-    sums += __builtin_convertvector(term.value, Sum);
-    if constexpr (mode != QuadraticGrad::none) {
-      Theta padded[width] = {};
-      if constexpr (mode == QuadraticGrad::add)
-        std::memcpy(padded, grad + i, static_cast<std::size_t>(rest) * sizeof(Theta));
-      update<mode>(term.weighted, factors, padded);
-      std::memcpy(grad + i, padded, static_cast<std::size_t>(rest) * sizeof(Theta));
+  for (std::int64_t from = begin; from < end; from += run) {
+    const std::int64_t to = from + run < end ? from + run : end;
+    const Reader<Anchor> anchor(tensor.anchor, tensor.numel, from);
+    const Reader<Importance> importance(tensor.importance, tensor.numel, from);
+    std::int64_t i = from;
+    for (; i + width <= to; i += width) {
+      const auto term = math::quadratic_term<Vector<S>>(params.load(i), anchor.load(i), importance.load(i));
+      sums += __builtin_convertvector(term.value, Sum);
+      update<mode>(term.weighted, factors, grad + i);
+    }
+    if (i < to) {  // the importance of padding is zero, and so are its terms
+      const std::int64_t rest = to - i;
+      const auto term = math::quadratic_term<Vector<S>>(params.load_some(i, rest), anchor.load_some(i, rest),
+                                                        importance.load_some(i, rest));
+      sums += __builtin_convertvector(term.value, Sum);
+      if constexpr (mode != QuadraticGrad::none) {
+        Theta padded[width] = {};
+        if constexpr (mode == QuadraticGrad::add)
+          std::memcpy(padded, grad + i, static_cast<std::size_t>(rest) * sizeof(Theta));
+        update<mode>(term.weighted, factors, padded);
+        std::memcpy(grad + i, padded, static_cast<std::size_t>(rest) * sizeof(Theta));
+      }
     }
   }
   double sum = 0;
@@ -71,35 +71,36 @@ double chunk(const QuadraticTensor& tensor, std::int64_t begin, std::int64_t end
 using Chunk = double (*)(const QuadraticTensor&, std::int64_t, std::int64_t, double);
 
 template <QuadraticGrad mode, class Theta, class Anchor>
-Chunk pick(Dtype importance) {
+Chunk pick(Storage importance) {
   switch (importance) {
-    case Dtype::f32: return chunk<mode, Theta, Anchor, float>;
-    case Dtype::bf16: return chunk<mode, Theta, Anchor, BFloat16>;
-    case Dtype::f16: return chunk<mode, Theta, Anchor, Half>;
-    case Dtype::f64: break;
+    case Storage::f32: return chunk<mode, Theta, Anchor, float>;
+    case Storage::bf16: return chunk<mode, Theta, Anchor, BFloat16>;
+    case Storage::f16: return chunk<mode, Theta, Anchor, Half>;
+    case Storage::log8: return chunk<mode, Theta, Anchor, Log8>;
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 template <QuadraticGrad mode, class Theta>
-Chunk pick(Dtype anchor, Dtype importance) {
+Chunk pick(Storage anchor, Storage importance) {
   switch (anchor) {
-    case Dtype::f32: return pick<mode, Theta, float>(importance);
-    case Dtype::bf16: return pick<mode, Theta, BFloat16>(importance);
-    case Dtype::f16: return pick<mode, Theta, Half>(importance);
-    case Dtype::f64: break;
+    case Storage::f32: return pick<mode, Theta, float>(importance);
+    case Storage::bf16: return pick<mode, Theta, BFloat16>(importance);
+    case Storage::f16: return pick<mode, Theta, Half>(importance);
+    case Storage::fixed16: return pick<mode, Theta, Fixed16>(importance);
+    case Storage::split24: return pick<mode, Theta, Split24>(importance);
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 template <QuadraticGrad mode>
 Chunk pick(const QuadraticTensor& tensor) {
   switch (tensor.theta_dtype) {
-    case Dtype::f32: return pick<mode, float>(tensor.anchor_dtype, tensor.importance_dtype);
-    case Dtype::bf16: return pick<mode, BFloat16>(tensor.anchor_dtype, tensor.importance_dtype);
-    case Dtype::f16: return pick<mode, Half>(tensor.anchor_dtype, tensor.importance_dtype);
+    case Dtype::f32: return pick<mode, float>(tensor.anchor_storage, tensor.importance_storage);
+    case Dtype::bf16: return pick<mode, BFloat16>(tensor.anchor_storage, tensor.importance_storage);
+    case Dtype::f16: return pick<mode, Half>(tensor.anchor_storage, tensor.importance_storage);
     case Dtype::f64:
-      return tensor.anchor_dtype == Dtype::f64 && tensor.importance_dtype == Dtype::f64
+      return tensor.anchor_storage == Storage::f64 && tensor.importance_storage == Storage::f64
                  ? chunk<mode, double, double, double>
                  : nullptr;
   }

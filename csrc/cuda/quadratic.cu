@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cuda/launch.cuh"
+#include "cuda/narrow.cuh"
 #include "cuda/vector.cuh"
 #include "math/quadratic.h"
 
@@ -20,6 +21,7 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kChunk = 8192;   // elements a block takes: 32 a thread
 constexpr int kTensors = 640;  // tensors in one launch
+static_assert(kChunk % math::kNarrowBlock == 0, "a chunk must begin with a block");
 
 struct Table {
   const void* theta[kTensors];
@@ -61,29 +63,25 @@ __device__ int tensor_of(const Table& table, int chunk) {
   return low;
 }
 
-template <class T>
-__device__ bool aligned(const T* pointer, std::size_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
-}
-
 // `width` elements at once; returns sum F (theta - anchor)^2 of them.
 template <Grad mode, int width, class Theta, class Anchor, class Importance, class S>
-__device__ __forceinline__ S step(const Theta* theta, Theta* grad, const Anchor* anchor, const Importance* importance,
-                                  S factor) {
-  const auto t = *reinterpret_cast<const Pack<Theta, width>*>(theta);
-  const auto a = *reinterpret_cast<const Pack<Anchor, width>*>(anchor);
-  const auto f = *reinterpret_cast<const Pack<Importance, width>*>(importance);
+__device__ __forceinline__ S step(const Theta* theta, Theta* grad, const Reader<Anchor>& anchor,
+                                  const Reader<Importance>& importance, int i, S factor) {
+  const auto t = load_pack<width>(theta + i);
+  S a[width], f[width];
+  anchor.template load<width>(i, a);
+  importance.template load<width>(i, f);
   Pack<Theta, width> g;
-  if constexpr (mode == Grad::add) g = *reinterpret_cast<const Pack<Theta, width>*>(grad);
+  if constexpr (mode == Grad::add) g = load_pack<width>(grad + i);
   S sum = 0;
 #pragma unroll
   for (int k = 0; k < width; ++k) {
-    const auto term = math::quadratic_term<S>(widen(t.element[k]), widen(a.element[k]), widen(f.element[k]));
+    const auto term = math::quadratic_term<S>(widen(t.element[k]), a[k], f[k]);
     sum += term.value;
     if constexpr (mode == Grad::add) narrow(widen(g.element[k]) + factor * term.weighted, &g.element[k]);
     if constexpr (mode == Grad::write) narrow(factor * term.weighted, &g.element[k]);
   }
-  if constexpr (mode != Grad::none) *reinterpret_cast<Pack<Theta, width>*>(grad) = g;
+  if constexpr (mode != Grad::none) *reinterpret_cast<Pack<Theta, width>*>(grad + i) = g;
   return sum;
 }
 
@@ -100,22 +98,22 @@ __global__ void __launch_bounds__(kThreads) quadratic_kernel(const __grid_consta
   const int count = left < kChunk ? static_cast<int>(left) : kChunk;
   const Theta* theta = static_cast<const Theta*>(table.theta[k]) + begin;
   Theta* grad = static_cast<Theta*>(table.grad[k]) + begin;
-  const Anchor* anchor = static_cast<const Anchor*>(table.anchor[k]) + begin;
-  const Importance* importance = static_cast<const Importance*>(table.importance[k]) + begin;
+  const Reader<Anchor> anchor(table.anchor[k], table.numel[k], begin);
+  const Reader<Importance> importance(table.importance[k], table.numel[k], begin);
 
   if (scale != nullptr)
     strength *= scale_is_double ? *static_cast<const double*>(scale) : double{*static_cast<const float*>(scale)};
   const S factor = static_cast<S>(strength);
 
-  const bool wide = aligned(theta, alignof(Pack<Theta, width>)) && aligned(anchor, alignof(Pack<Anchor, width>)) &&
-                    aligned(importance, alignof(Pack<Importance, width>)) &&
+  const bool wide = aligned(theta, alignof(Pack<Theta, width>)) && anchor.template wide<width>() &&
+                    importance.template wide<width>() &&
                     (mode == Grad::none || aligned(grad, alignof(Pack<Theta, width>)));
   const int packed = wide ? count / width * width : 0;
   double sum = 0;
   for (int i = static_cast<int>(threadIdx.x) * width; i < packed; i += kThreads * width)
-    sum += static_cast<double>(step<mode, width>(theta + i, grad + i, anchor + i, importance + i, factor));
+    sum += static_cast<double>(step<mode, width>(theta, grad, anchor, importance, i, factor));
   for (int i = packed + static_cast<int>(threadIdx.x); i < count; i += kThreads)
-    sum += static_cast<double>(step<mode, 1>(theta + i, grad + i, anchor + i, importance + i, factor));
+    sum += static_cast<double>(step<mode, 1>(theta, grad, anchor, importance, i, factor));
 
   if constexpr (mode != Grad::write) {
     sum = block_sum(sum);
@@ -141,35 +139,36 @@ __global__ void __launch_bounds__(kThreads) sum_kernel(const double* partial,  /
 using Kernel = void (*)(Table, double, const void*, bool, double*);
 
 template <Grad mode, class Theta, class Anchor>
-Kernel pick(Dtype importance) {
+Kernel pick(Storage importance) {
   switch (importance) {
-    case Dtype::f32: return quadratic_kernel<mode, Theta, Anchor, float>;
-    case Dtype::bf16: return quadratic_kernel<mode, Theta, Anchor, __nv_bfloat16>;
-    case Dtype::f16: return quadratic_kernel<mode, Theta, Anchor, __half>;
-    case Dtype::f64: break;
+    case Storage::f32: return quadratic_kernel<mode, Theta, Anchor, float>;
+    case Storage::bf16: return quadratic_kernel<mode, Theta, Anchor, __nv_bfloat16>;
+    case Storage::f16: return quadratic_kernel<mode, Theta, Anchor, __half>;
+    case Storage::log8: return quadratic_kernel<mode, Theta, Anchor, Log8>;
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 template <Grad mode, class Theta>
-Kernel pick(Dtype anchor, Dtype importance) {
+Kernel pick(Storage anchor, Storage importance) {
   switch (anchor) {
-    case Dtype::f32: return pick<mode, Theta, float>(importance);
-    case Dtype::bf16: return pick<mode, Theta, __nv_bfloat16>(importance);
-    case Dtype::f16: return pick<mode, Theta, __half>(importance);
-    case Dtype::f64: break;
+    case Storage::f32: return pick<mode, Theta, float>(importance);
+    case Storage::bf16: return pick<mode, Theta, __nv_bfloat16>(importance);
+    case Storage::f16: return pick<mode, Theta, __half>(importance);
+    case Storage::fixed16: return pick<mode, Theta, Fixed16>(importance);
+    case Storage::split24: return pick<mode, Theta, Split24>(importance);
+    default: return nullptr;
   }
-  return nullptr;
 }
 
 template <Grad mode>
 Kernel pick(const QuadraticTensor& tensor) {
   switch (tensor.theta_dtype) {
-    case Dtype::f32: return pick<mode, float>(tensor.anchor_dtype, tensor.importance_dtype);
-    case Dtype::bf16: return pick<mode, __nv_bfloat16>(tensor.anchor_dtype, tensor.importance_dtype);
-    case Dtype::f16: return pick<mode, __half>(tensor.anchor_dtype, tensor.importance_dtype);
+    case Dtype::f32: return pick<mode, float>(tensor.anchor_storage, tensor.importance_storage);
+    case Dtype::bf16: return pick<mode, __nv_bfloat16>(tensor.anchor_storage, tensor.importance_storage);
+    case Dtype::f16: return pick<mode, __half>(tensor.anchor_storage, tensor.importance_storage);
     case Dtype::f64:
-      return tensor.anchor_dtype == Dtype::f64 && tensor.importance_dtype == Dtype::f64
+      return tensor.anchor_storage == Storage::f64 && tensor.importance_storage == Storage::f64
                  ? quadratic_kernel<mode, double, double, double>
                  : nullptr;
   }

@@ -3,7 +3,7 @@
 // Every function only launches on `stream` (a cudaStream_t) of `device`: it allocates nothing, never waits for the
 // device, and can be captured into a CUDA graph. The same inputs give the same bits. Throws std::runtime_error when
 // CUDA refuses a launch or a dtype is not supported: theta is f32, bf16 or f16 with anchor and importance each any of
-// these, or all three are f64. `grad` has theta's dtype.
+// these or a narrow format, or all three are f64. `grad` has theta's dtype.
 #pragma once
 
 #include <cstdint>

@@ -16,8 +16,8 @@ class QuadraticLists:
         importance: Sizes,
         numel: Sizes,
         theta_dtype: Sizes,
-        anchor_dtype: Sizes,
-        importance_dtype: Sizes,
+        anchor_storage: Sizes,
+        importance_storage: Sizes,
         /,
     ) -> None: ...
 

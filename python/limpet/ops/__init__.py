@@ -7,6 +7,7 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.narrow import pack_anchor, pack_importance, unpack_anchor, unpack_importance
 from limpet.ops.optim import adamw_step_, sgd_step_
 from limpet.ops.path_integral import path_integral_update_
 from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
@@ -14,6 +15,8 @@ from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
 __all__ = [
     "adamw_step_",
     "add_quadratic_penalty_grad_",
+    "pack_anchor",
+    "pack_importance",
     "path_integral_update_",
     "quadratic_penalty",
     "sgd_step_",
@@ -22,4 +25,6 @@ __all__ = [
     "sum_grad_squared_embedding",
     "sum_grad_squared_linear",
     "sum_grad_squared_scale",
+    "unpack_anchor",
+    "unpack_importance",
 ]
