@@ -37,6 +37,13 @@ def test_run_prints_progress_and_tables_and_writes_the_report(tmp_path, capsys):
     assert numbers["training"]["consolidation_samples"] == 20
 
 
+def test_run_with_synaptic_intelligence_forgets_less(tmp_path):
+    arguments = ["run", "--epochs", "3", "--methods", "finetune,si", "--report", str(tmp_path)]
+    assert cli.main(arguments) == 0
+    results = json.loads((tmp_path / "results.json").read_text())["methods"]
+    assert results["si"]["forgetting"] < 0.5 * results["finetune"]["forgetting"]
+
+
 def test_run_shows_a_bar_on_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -68,6 +75,7 @@ def test_defaults_are_the_demo():
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "0"], "learning_rate must be above 0"),
         (["--strength", "-1"], "strength must be finite and at least 0"),
+        (["--methods", "si", "--si-strength", "-1"], "si_strength must be finite and at least 0"),
         (["--report", __file__], "--report must name a folder"),
     ],
 )

@@ -1,5 +1,6 @@
 """The runner, its report and the command line, end to end."""
 
+import contextlib
 import json
 import math
 import os
@@ -214,7 +215,7 @@ def test_info_command(capsys):
         (["run", "--device", "cuda:99"], 1, "--device must name a device that answers, got 'cuda:99'"),
         (["run", "--epochs", "0"], 1, "epochs must be at least 1, got 0"),
         (["run", "--strength", "-1"], 1, "strength must be finite and at least 0, got -1.0"),
-        (["run", "--methods", "ewc,magic"], 2, "expected some of finetune,ewc, each once, got 'ewc,magic'"),
+        (["run", "--methods", "ewc,magic"], 2, "expected some of finetune,ewc,si, each once, got 'ewc,magic'"),
         ([], 2, "COMMAND"),
     ],
 )
@@ -231,8 +232,11 @@ def test_interrupted_run_leaves_no_report(tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert "epoch 1/500" in process.stdout.readline()  # it is at work
-        os.kill(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        for _ in range(4):  # as a person would: torch may lose one that arrives while it loads a part of itself
+            os.kill(process.pid, signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                _, errors = process.communicate(timeout=20)
+                break
     assert process.returncode == 130
     assert errors.strip() == "limpet: interrupted; no report was written"
     assert not (tmp_path / "r").exists()

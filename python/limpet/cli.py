@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from limpet.scenarios.runner import MethodResult, Progress
     from limpet.scenarios.streams import Stream
 
-METHODS = ("finetune", "ewc")
+METHODS = ("finetune", "ewc", "si")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -66,8 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--setting", default="task", choices=["task", "domain", "class"], help="what is known at test time"
     )
-    run.add_argument("--methods", default=",".join(METHODS), type=_methods, help=f"any of {', '.join(METHODS)}")
+    run.add_argument("--methods", default="finetune,ewc", type=_methods, help=f"any of {', '.join(METHODS)}")
     run.add_argument("--strength", type=float, default=1e6, help="of the EWC penalty")
+    run.add_argument("--si-strength", type=float, default=100.0, help="of Synaptic Intelligence's penalty")
     run.add_argument("--epochs", type=int, default=10, help="passes over each task")
     run.add_argument("--batch-size", type=int, default=128, help="images a batch")
     run.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
@@ -130,11 +131,14 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
     """What makes a method for a network."""
     if name == "finetune":
         return lambda model: None
-    from limpet import EWC, _checks
+    from limpet import EWC, SynapticIntelligence, _checks
 
-    _checks.finite_number("strength", options.strength, minimum=0.0)  # before another method has been trained
-
-    return lambda model: EWC(model, options.strength)
+    # Before another method has been trained.
+    if name == "ewc":
+        _checks.finite_number("strength", options.strength, minimum=0.0)
+        return lambda model: EWC(model, options.strength)
+    _checks.finite_number("si_strength", options.si_strength, minimum=0.0)
+    return lambda model: SynapticIntelligence(model, strength=options.si_strength)
 
 
 def _device(name: str) -> str:

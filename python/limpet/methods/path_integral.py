@@ -161,6 +161,30 @@ class PathIntegralRegularizer(QuadraticRegularizer):
             self._seen[name] = _seen(param)
         self.num_steps += 1
 
+    def begin_fused_step(self) -> None:
+        """Be ready for a step of :mod:`limpet.optim`, which adds the penalty and keeps :attr:`integrals` itself.
+
+        Raises:
+            RuntimeError: an optimizer is attached, whose hooks would do both a second time; more than path integrals
+                is kept along the path; or as :meth:`before_step`.
+        """
+        who = type(self).__name__
+        if self._optimizer is not None:
+            raise RuntimeError(f"{who} is attached to an optimizer: detach() it, or take it out of regularizers=")
+        if len(self._along_the_path()) > 1:
+            raise RuntimeError(
+                f"{who} keeps more than path integrals: give it the optimizer, and take it out of regularizers="
+            )
+        self._previous = {}  # the optimizer knows where it came from
+        self._tracked(previous=False)
+
+    def end_fused_step(self) -> None:
+        """Count the step that :meth:`begin_fused_step` began."""
+        for name, param in self.model.named_parameters():
+            if name in self._seen:
+                self._seen[name] = _seen(param)
+        self.num_steps += 1
+
     def _before(self, *, by_hand: bool) -> Tensor:  # []
         every = self._tracked()
         learning = {name: p for name, p in every.items() if p.requires_grad}
@@ -227,8 +251,8 @@ class PathIntegralRegularizer(QuadraticRegularizer):
 
     # --- which parameters --------------------------------------------------------------------------------------------
 
-    def _tracked(self) -> dict[str, nn.Parameter]:
-        """The model's parameters, once each that learns has its start, path integral and value before the step."""
+    def _tracked(self, *, previous: bool = True) -> dict[str, nn.Parameter]:
+        """The model's parameters, once each that learns has its start, path integral and ``previous`` value."""
         params = self._check_model()
         shapes = {name: p.shape for name, p in params.items()}
         if self.num_steps:
@@ -240,10 +264,14 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 for name in values.keys() - params.keys():
                     del values[name]
         for name, param in params.items():
-            if self._seen.get(name) == _seen(param):
+            known = self._seen.get(name) == _seen(param)
+            if known and (not previous or name in self._previous):
                 continue
             if param.requires_grad:
-                self._track(name, param)
+                if not known:
+                    self._track(name, param)
+                if previous:  # moved by something else than a step that was seen: no path to integrate
+                    self._previous[name] = param.detach().clone()
             elif name in self.importances:
                 self._follow(name, param)
         return params
@@ -281,7 +309,6 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 tensors[name] = placed(tensors[name], param)
             else:
                 tensors[name] = torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)
-        self._previous[name] = param.detach().clone()  # moved by something else than a step: no path to integrate
         self._seen[name] = _seen(param)
 
     # --- consolidation and state -------------------------------------------------------------------------------------
@@ -299,7 +326,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 "consolidate() needs at least one optimizer step since the last consolidation, and has seen none: "
                 "is the optimizer attached, or are before_step() and after_step() called?"
             )
-        self._tracked()
+        self._tracked(previous=bool(self._previous))
         params = {name: p for name, p in self.model.named_parameters() if name in self.integrals}
         for name, integral in self.integrals.items():
             if not bool(integral.isfinite().all()):

@@ -105,6 +105,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._regularization.begin_step()
         quadratics, integrals = self._regularization.quadratics(), self._regularization.integrals()
         planned = [(group, self._calls(group, quadratics, integrals)) for group in self.param_groups]
         for group, calls in planned:
@@ -113,6 +114,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             for call in calls:
                 device = call.params[0].device
                 self._update(group, call, lr, self._scaler("grad_scale", device), self._scaler("found_inf", device))
+        self._regularization.end_step()
         return loss
 
     def _scaler(self, name: str, device: torch.device) -> Tensor | None:  # []

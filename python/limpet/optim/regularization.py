@@ -19,6 +19,7 @@ class Regularizer(Protocol):
     """What a fused optimizer asks of a regularizer: EWC, Synaptic Intelligence, or one's own.
 
     A regularizer that also has ``integrals``, a dict of path integrals by parameter name, has them updated by the step.
+    One that has ``begin_fused_step()`` and ``end_fused_step()`` hears of each step before it, and after it.
     """
 
     model: nn.Module
@@ -72,6 +73,18 @@ class Regularization:
         for k, regularizer in enumerate(self._regularizers):
             if known.isdisjoint(regularizer.model.parameters()):
                 raise ValueError(f"regularizers[{k}].model shares no parameter with the optimizer")
+
+    def begin_step(self) -> None:
+        """Tell those regularizers of the step to come that want to know."""
+        for regularizer in self._regularizers:
+            if hasattr(regularizer, "begin_fused_step"):
+                regularizer.begin_fused_step()
+
+    def end_step(self) -> None:
+        """Tell them that it was taken."""
+        for regularizer in self._regularizers:
+            if hasattr(regularizer, "end_fused_step"):
+                regularizer.end_fused_step()
 
     def quadratics(self) -> dict[Tensor, Quadratic]:
         """One quadratic for each protected parameter: a regularizer's own tensors, or the sum of several."""
