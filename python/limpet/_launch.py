@@ -40,7 +40,7 @@ def flat(
         return result, []
     copies = []
     for k in range(len(lists[0])):
-        if _lie_alike([tensors[k] for tensors in lists if tensors]):
+        if lie_alike([tensors[k] for tensors in lists if tensors]):
             continue
         for index, tensors in enumerate(lists):
             if tensors:
@@ -50,7 +50,8 @@ def flat(
     return result, copies
 
 
-def _lie_alike(tensors: Sequence[Tensor]) -> bool:
+def lie_alike(tensors: Sequence[Tensor]) -> bool:
+    """Whether the tensors of one parameter lie in memory alike and without gaps, so that a flat loop pairs them up."""
     first = tensors[0]
     if all(t.is_contiguous() for t in tensors):
         return True

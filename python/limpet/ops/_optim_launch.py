@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from limpet import _core, _launch
-from limpet.ops.quadratic import _flat
 
 
 class Lists:
@@ -30,7 +29,7 @@ class Lists:
         self._scattered: list[tuple[Tensor, Tensor]] = []
         for k in range(len(params)):
             here = [tensors[k] for tensors in used]
-            if not _flat(here):
+            if not _launch.lie_alike(here):
                 for tensors, tensor in zip(used, here, strict=True):
                     tensors[k] = tensor.contiguous()
                     if tensors[k] is not tensor:

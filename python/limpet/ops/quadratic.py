@@ -54,15 +54,6 @@ _IMPORTANCE_CODES = {**_launch.DTYPE_CODES, **{d: _STORAGE_CODES[name] for d, na
 _ANCHOR_CODES = {**_launch.DTYPE_CODES, **{d: _STORAGE_CODES[name] for d, name in PACKED_ANCHORS.items()}}
 
 
-def _flat(tensors: Sequence[Tensor]) -> bool:
-    """Whether the tensors of one parameter lie in memory alike and without gaps, so that a flat loop pairs them up."""
-    first = tensors[0]
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    dense = first.is_contiguous(memory_format=torch.channels_last) if first.dim() == 4 else False
-    return dense and all(t.stride() == first.stride() for t in tensors)
-
-
 class _Lists:
     """The tensors as the kernels take them; what lies in memory differently is brought into one order first."""
 
@@ -76,7 +67,7 @@ class _Lists:
         lists = [list(params), list(grads), list(anchors), list(importances)]
         self._scattered: list[tuple[Tensor, Tensor]] = []
         for k in range(len(params)):
-            if not _flat([tensors[k] for tensors in lists if tensors]):
+            if not _launch.lie_alike([tensors[k] for tensors in lists if tensors]):
                 for tensors in filter(None, lists):
                     tensors[k] = tensors[k].contiguous()
                 if grads and lists[1][k] is not grads[k]:

@@ -81,17 +81,12 @@ class AdamW(FusedOptimizer):
         super().__init__(params, defaults, regularizers)
 
     def _check_settings(self, group: dict[str, Any]) -> None:
-        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
-            raise ValueError("Tensor lr must be 1-element")
-        if not group["lr"] >= 0.0:
-            raise ValueError(f"Invalid learning rate: {group['lr']}")
+        super()._check_settings(group)
         if not group["eps"] >= 0.0:
             raise ValueError(f"Invalid epsilon value: {group['eps']}")
         for k, beta in enumerate(group["betas"]):
             if not 0.0 <= beta < 1.0:
                 raise ValueError(f"Invalid beta parameter at index {k}: {beta}")
-        if not group["weight_decay"] >= 0.0:
-            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

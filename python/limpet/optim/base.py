@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +26,7 @@ class Call:
     integrals: list[Tensor] = field(default_factory=list)  # [*] each, or none at all
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(torch.optim.Optimizer, ABC):
     """A torch optimizer whose step is one call of an op for all parameters that are alike."""
 
     _step_supports_amp_scaling = True  # torch.amp.GradScaler sets grad_scale and found_inf instead of unscaling first
@@ -44,18 +45,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._regularization.require_shared(p for group in self.param_groups for p in group["params"])
 
     def _check_settings(self, group: dict[str, Any]) -> None:
-        """Raise ValueError, with torch's words, for settings out of range."""
-        raise NotImplementedError
+        """Raise ValueError, with torch's words, for settings out of range; subclasses add their own."""
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError("Tensor lr must be 1-element")
+        if not group["lr"] >= 0.0:
+            raise ValueError(f"Invalid learning rate: {group['lr']}")
+        if not group["weight_decay"] >= 0.0:
+            raise ValueError(f"Invalid weight_decay value: {group['weight_decay']}")
 
     def _alike(self, param: Tensor, group: dict[str, Any]) -> Hashable:
         """What, beside dtype, device and regularization, parameters of one call have in common."""
         return None
 
+    @abstractmethod
     def _update(
         self, group: dict[str, Any], call: Call, lr: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None
     ) -> None:
         """Take the step of one call's parameters."""
-        raise NotImplementedError
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, as torch's optimizers do.

@@ -21,7 +21,7 @@ def accuracy_matrix(path: Path, stream: Stream, result: MethodResult) -> None:
     """
     values = result.matrix.values.numpy() * 100
     names, size = [task.name for task in stream.tasks], len(stream.tasks)
-    figure, axes = _figure(2.2 + 0.75 * size, 1.7 + 0.62 * size)
+    figure, axes = new_figure(2.2 + 0.75 * size, 1.7 + 0.62 * size)
     image = axes.imshow(values, cmap="viridis", vmin=0, vmax=100, aspect="auto")
     for i in range(size):
         for j in range(size):
@@ -48,7 +48,7 @@ def accuracy_curves(path: Path, stream: Stream, result: MethodResult) -> None:
         ModuleNotFoundError: matplotlib is not installed.
     """
     size = len(stream.tasks)
-    figure, panels = _figure(7.5, 1.1 + 0.95 * size, rows=size)
+    figure, panels = new_figure(7.5, 1.1 + 0.95 * size, rows=size)
     known = [value for _, row in result.curve for value in row if value == value]
     floor = 100 * min([*known, 0.5])
     for task, axes in zip(stream.tasks, panels, strict=True):
@@ -82,7 +82,7 @@ def _title(stream: Stream, result: MethodResult, what: str) -> str:
     return f"{result.method}: {what}\n{stream.name}, {stream.setting}-incremental"
 
 
-def _figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, rows: int = 1) -> tuple[Any, Any]:
     """A figure with its axes (a list of them where there are several rows), drawn without a screen."""
     try:
         from matplotlib import rc_context

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 
 from limpet import _checks
+from limpet.methods.quadratic import evaluating
 from limpet.strength.randomness import RandomState, seed_all
 from limpet.strength.result import Trial
 
@@ -69,7 +69,7 @@ class Candidate:
         """Measure where it stands."""
         retained = new = float("nan")
         if all(bool(param.isfinite().all()) for param in self._model.parameters()):
-            with _evaluating(self._model), torch.no_grad():
+            with evaluating(self._model), torch.no_grad():
                 retained, new = _accuracies(evaluate(self._model))
         return Trial(rung, self.strength, self.steps, retained, new)
 
@@ -84,18 +84,6 @@ def _modes() -> tuple[bool, ...]:
     """What a ``with`` block may have changed."""
     autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in its own mode again, whatever was done to it meanwhile."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _accuracies(pair: Any) -> tuple[float, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from limpet.scenarios._files import replacing
-from limpet.scenarios.plots import _figure
+from limpet.scenarios.plots import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +22,7 @@ _CURVES = (
 
 def draw(suggestion: StrengthSuggestion, path: Path | None) -> Figure:
     """Draw the curves of each rung, the last one's boldly, and mark the best strength."""
-    figure, axes = _figure(6.4, 3.6)
+    figure, axes = new_figure(6.4, 3.6)
     axes.set_xscale("log")
     axes.axvline(suggestion.best, color="#56B4E9", alpha=0.35, linewidth=6)
     full = suggestion.trial.rung
