@@ -58,6 +58,31 @@ def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> Non
         raise ValueError(f"{name} must be on {other.device} as {other_name} is, got {describe(value)}")
 
 
+def like_params(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Require one tensor beside each parameter, of its shape, and of a dtype that ``name`` may have there.
+
+    ``integrals`` are float32 (float64 beside float64); ``anchors`` and ``importances`` are float64 exactly where the
+    parameter is, and all others have the parameter's own dtype.
+    """
+    if len(tensors) != len(params):
+        raise ValueError(f"{name} must have as many tensors as params ({len(params)}), got {len(tensors)}")
+    for k, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
+        if tensor.shape != param.shape or tensor.device != param.device:
+            raise ValueError(
+                f"{name}[{k}] must be of shape {list(param.shape)} on {param.device} as params[{k}] is, "
+                f"got {describe(tensor)}"
+            )
+        if name == "integrals":
+            allowed = {torch.float64 if param.dtype == torch.float64 else torch.float32}
+        elif name in ("anchors", "importances"):
+            allowed = {dtype for dtype in FLOAT_DTYPES if (dtype == torch.float64) == (param.dtype == torch.float64)}
+        else:
+            allowed = {param.dtype}
+        if tensor.dtype not in allowed:
+            wanted = " or ".join(sorted(map(str, allowed)))
+            raise TypeError(f"{name}[{k}] must be {wanted} for params[{k}] ({param.dtype}), got {tensor.dtype}")
+
+
 def finite_number(name: str, value: Any, *, minimum: float = -math.inf) -> float:
     """Require a finite real number, at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):

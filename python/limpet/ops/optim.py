@@ -110,21 +110,6 @@ for _key, _step in _devices.items():
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
-def _same_dtype(param: torch.dtype) -> set[torch.dtype]:
-    return {param}
-
-
-def _wide_dtype(param: torch.dtype) -> set[torch.dtype]:
-    return {reference.wide(param)}
-
-
-def _as_wide(param: torch.dtype) -> set[torch.dtype]:
-    return {dtype for dtype in _checks.FLOAT_DTYPES if (dtype == torch.float64) == (param == torch.float64)}
-
-
-_DTYPES = {"anchors": _as_wide, "importances": _as_wide, "integrals": _wide_dtype}  # the others: the parameter's own
-
-
 def _validate(params: Any, optional: Sequence[str] = (), **lists: Any) -> None:
     """Require lists of tensors like ``params``, or, where ``optional``, none at all."""
     params = _checks.tensor_list("params", params)
@@ -132,18 +117,8 @@ def _validate(params: Any, optional: Sequence[str] = (), **lists: Any) -> None:
         raise ValueError(f"params must be on one device, got {sorted({str(p.device) for p in params})}")
     for name, value in lists.items():
         tensors = _checks.tensor_list(name, value)
-        if len(tensors) != len(params) and (tensors or name not in optional):
-            raise ValueError(f"{name} must have as many tensors as params ({len(params)}), got {len(tensors)}")
-        for k, (param, tensor) in enumerate(zip(params, tensors, strict=False)):
-            if tensor.shape != param.shape or tensor.device != param.device:
-                raise ValueError(
-                    f"{name}[{k}] must be of shape {list(param.shape)} on {param.device} as params[{k}] is, "
-                    f"got {_checks.describe(tensor)}"
-                )
-            allowed = _DTYPES.get(name, _same_dtype)(param.dtype)
-            if tensor.dtype not in allowed:
-                wanted = " or ".join(sorted(map(str, allowed)))
-                raise TypeError(f"{name}[{k}] must be {wanted} for params[{k}] ({param.dtype}), got {tensor.dtype}")
+        if tensors or name not in optional:
+            _checks.like_params(name, tensors, params)
 
 
 def _validate_steps(steps: Any, params: Sequence[Tensor]) -> None:

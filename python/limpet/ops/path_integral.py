@@ -124,7 +124,7 @@ def path_integral_update_(
     for name in ("integrals", "previous", "grads", *penalty):
         # Whole lists are compared first: this runs after every step, and the loop takes half as long again.
         if _kinds(lists[name]) != (wide if name == "integrals" else kinds):
-            _like_params(name, lists[name], lists["params"])
+            _checks.like_params(name, lists[name], lists["params"])
     if any(device != kinds[0][1] for _, device, _ in kinds):
         raise ValueError(f"params must be on one device, got {sorted({str(p.device) for p in lists['params']})}")
     strength = _checks.finite_number("strength", strength)
@@ -136,26 +136,6 @@ def path_integral_update_(
 
 def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.device, torch.dtype]]:
     return [(t.shape, t.device, t.dtype) for t in tensors]
-
-
-def _like_params(name: str, tensors: list[Tensor], params: list[Tensor]) -> None:
-    if len(tensors) != len(params):
-        raise ValueError(f"{name} must have as many tensors as params ({len(params)}), got {len(tensors)}")
-    for k, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
-        if tensor.shape != param.shape or tensor.device != param.device:
-            raise ValueError(
-                f"{name}[{k}] must be of shape {list(param.shape)} on {param.device} as params[{k}] is, "
-                f"got {_checks.describe(tensor)}"
-            )
-        if name == "integrals":
-            allowed = {reference.wide(param.dtype)}
-        elif name in ("previous", "grads"):
-            allowed = {param.dtype}
-        else:
-            allowed = {d for d in _checks.FLOAT_DTYPES if (d == torch.float64) == (param.dtype == torch.float64)}
-        if tensor.dtype not in allowed:
-            wanted = " or ".join(sorted(map(str, allowed)))
-            raise TypeError(f"{name}[{k}] must be {wanted} for params[{k}] ({param.dtype}), got {tensor.dtype}")
 
 
 def _own_memory(lists: dict[str, list[Tensor]]) -> None:
