@@ -107,6 +107,8 @@ class Storage:
         Raises:
             ValueError: a value is not finite, or an importance is negative, and the format cannot hold it.
         """
+        if old is None:
+            generator = None
         if not self.packed:
             here = param.detach().to(wide(param.dtype), copy=True)
             new = torch.empty_like(here).copy_(new)  # laid out as the parameter is: read in one flat pass
