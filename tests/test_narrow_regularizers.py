@@ -91,15 +91,15 @@ def test_three_bytes_a_parameter():
     assert [t.data_ptr() for t in held(ewc)] == packed
 
 
-def test_merging_unpacks_little_at_a_time(monkeypatch):
-    """Beside the new packed tensors: a few pieces, and nothing of the parameters' size."""
+def test_consolidating_takes_little_more_than_the_fisher_pass(monkeypatch):
+    """Parameters' Fisher information goes as their packed tensors come, and few elements are unpacked at a time."""
     monkeypatch.setattr(storage, "_PIECE", 4096)
-    model = nn.Linear(1000, 400, bias=False)
+    model = nn.Sequential(*(nn.Linear(300, 300, bias=False) for _ in range(6)))
+    data = [(torch.randn(2, 300), torch.randint(300, (2,)))]
     ewc = EWC(model, strength=1.0, **NARROWEST)
-    ewc._merge({"weight": torch.rand(400, 1000)}, _merged)
-    move(model)
-    new = {"weight": torch.rand(400, 1000)}
-    assert peak_bytes(lambda: ewc._merge(new, _merged)) < 3.1 * 400_000 + 100 * 4096
+    ewc.consolidate(data)
+    fisher = peak_bytes(lambda: limpet.diagonal_fisher(model, data))
+    assert peak_bytes(lambda: ewc.consolidate(data)) < fisher + 3.1 * 90_000 + 100 * 4096
 
 
 # --- values -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ IMPORTANCE_FORMATS = ("float32", "bfloat16", *PACKED_IMPORTANCES.values())
 ANCHOR_FORMATS = ("float32", *PACKED_ANCHORS.values())  # a bfloat16 pulls to the wrong place
 
 NARROW_KEYS = frozenset({"importance_format", "anchor_format", "shapes"})  # of a state whose formats are narrow
-_PIECE = 1024 * reference.NARROW_BLOCK  # elements that are unpacked at a time: few bytes beside a large parameter
+_PIECE = 128 * reference.NARROW_BLOCK  # elements that are unpacked at a time: some ten megabytes of work
 
 # Anchor and importance so far, a parameter and its new importance -> anchor, importance, and what is added to the
 # constant. [*] each. An anchor that is the parameter itself must be given as it came.
