@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from limpet import _checks
 from limpet.fisher import diagonal_fisher
 from limpet.methods.quadratic import QuadraticRegularizer, evaluating, named_tensors, same_shapes
+from limpet.methods.storage import NARROW_KEYS, Storage, latest
 
 
 class EWCTask(NamedTuple):
@@ -37,14 +38,22 @@ class EWC(QuadraticRegularizer):
         decay: gamma of online EWC in [0, 1]: older importances fade, ``F = gamma F_old + F_new``, and the anchor is
             always the latest task's parameters. ``None`` keeps every task's own quadratic (offline EWC).
         keep_tasks: keep each task's own anchors and importances too, in :attr:`tasks`: as much memory again for each
-            task. Penalty and gradient run on the merged quadratic all the same. Not with ``decay``.
+            task. Penalty and gradient run on the merged quadratic all the same. Not with ``decay``, nor with
+            narrower formats than float32.
+        importance_format: what importances are held in: ``"float32"``, ``"bfloat16"`` or ``"log8"`` (1 byte each).
+        anchor_format: what anchors are held in: ``"float32"``, ``"split24"`` or ``"fixed16"`` (2 bytes each). What
+            each costs in accuracy: docs/narrow.md. Packed tensors (all formats but the floats) are read where they
+            lie; :func:`limpet.ops.unpack_anchor` and :func:`limpet.ops.unpack_importance` show their values. What
+            merging rounds, it rounds at random, by draws that follow from the parameter's name and the number of the
+            task.
 
     Attributes:
         tasks: each task's :class:`EWCTask`, where it was measured, if ``keep_tasks``; else empty.
 
     Raises:
-        TypeError: ``model`` is no module, or a number is none.
-        ValueError: ``strength`` or ``decay`` is out of range, or ``keep_tasks`` is asked for together with ``decay``.
+        TypeError: ``model`` is no module, a number is none, or a parameter is float64 and a format is narrower.
+        ValueError: ``strength`` or ``decay`` is out of range, there is no such format, or ``keep_tasks`` is asked for
+            together with ``decay`` or with a narrower format.
 
     >>> model = nn.Linear(2, 2)
     >>> ewc = EWC(model, strength=100.0)
@@ -57,15 +66,23 @@ class EWC(QuadraticRegularizer):
     True
     """
 
-    _optional_keys = frozenset({"tasks"})
+    _optional_keys = NARROW_KEYS | {"tasks"}
 
     def __init__(
-        self, model: nn.Module, strength: float, *, decay: float | None = None, keep_tasks: bool = False
+        self,
+        model: nn.Module,
+        strength: float,
+        *,
+        decay: float | None = None,
+        keep_tasks: bool = False,
+        importance_format: str = "float32",
+        anchor_format: str = "float32",
     ) -> None:
-        super().__init__(model, strength)
+        super().__init__(model, strength, Storage(importance_format, anchor_format))
         self.decay = _decay("decay", decay)
         if keep_tasks and decay is not None:
             raise ValueError(f"keep_tasks must be False with decay={decay}: faded tasks are no sum of their quadratics")
+        _only_wide("keep_tasks must be False", bool(keep_tasks), self._storage)
         self.keep_tasks = bool(keep_tasks)
         self.tasks: list[EWCTask] = []
 
@@ -100,31 +117,18 @@ class EWC(QuadraticRegularizer):
         """
         self._check_model()  # before the expensive part
         with evaluating(self.model):
-            fisher = diagonal_fisher(
-                self.model, batches, labels=labels, loss=loss, seed=seed, max_samples=max_samples, progress=progress
+            fisher = dict(
+                diagonal_fisher(
+                    self.model, batches, labels=labels, loss=loss, seed=seed, max_samples=max_samples, progress=progress
+                )
             )
-        params = self._protected()
-        anchors, importances, constant = dict(self.anchors), dict(self.importances), self.constant
-        task = EWCTask({}, {})
-        for name, param in self.model.named_parameters():
-            if name not in fisher:
-                continue
-            here = param.detach().to(fisher[name].dtype, copy=True)
-            new = torch.empty_like(here).copy_(fisher[name])  # laid out as the parameter is: read in one flat pass
-            if self.keep_tasks:
-                task.anchors[name], task.importances[name] = here, new
-            if name not in params:
-                anchors[name], importances[name] = here, new
-            elif self.decay is not None:
-                anchors[name], importances[name] = here, new.add_(importances[name], alpha=self.decay)
-            else:
-                anchors[name], importances[name], added = _merged(anchors[name], importances[name], here, new)
-                constant += added
-        self.anchors, self.importances, self.constant = anchors, importances, constant
+        tasks = self.tasks
         if self.keep_tasks:
-            self.tasks = [*self.tasks, task]
-        self.num_tasks += 1
-        self._free = frozenset()
+            here = {name: p.detach() for name, p in self.model.named_parameters() if name in fisher}
+            anchors = {name: p.to(fisher[name].dtype, copy=True) for name, p in here.items()}
+            tasks = [*tasks, EWCTask(anchors, {name: fisher[name].clone() for name in here})]
+        self._merge(fisher, _merged if self.decay is None else latest(self.decay))
+        self.tasks = tasks
 
     end_task = consolidate
 
@@ -141,10 +145,12 @@ class EWC(QuadraticRegularizer):
         if decay is not None and "tasks" in state:
             raise ValueError(f"state['decay'] must be None where tasks are kept, got {decay}")
         read = [_task(f"state['tasks'][{k}]", task) for k, task in enumerate(tasks)]
-        return {**super()._read(state), "decay": decay, "keep_tasks": "tasks" in state, "tasks": read}
+        values = super()._read(state)
+        _only_wide("state must not have the key 'tasks'", "tasks" in state, values["_storage"])
+        return {**values, "decay": decay, "keep_tasks": "tasks" in state, "tasks": read}
 
     def __repr__(self) -> str:
-        return f"EWC(strength={self.strength:g}, decay={self.decay}, num_tasks={self.num_tasks})"
+        return f"EWC(strength={self.strength:g}, decay={self.decay}, num_tasks={self.num_tasks}{self._storage.text})"
 
 
 def _merged(
@@ -156,6 +162,11 @@ def _merged(
     step = here.double() - anchor
     constant = float((old * share * step.square()).sum())
     return (anchor + share * step).to(anchor.dtype), total.to(old.dtype), constant
+
+
+def _only_wide(what: str, kept: bool, storage: Storage) -> None:
+    if kept and storage.narrow:
+        raise ValueError(f"{what} with {storage}: tasks are kept as they were measured, in float32")
 
 
 def _decay(name: str, value: Any) -> float | None:

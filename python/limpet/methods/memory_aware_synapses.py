@@ -12,7 +12,7 @@ from limpet import _checks
 from limpet.fisher import batches as batch_reading
 from limpet.fisher.batches import Batch
 from limpet.methods.quadratic import QuadraticRegularizer, evaluating
-from limpet.reference import wide
+from limpet.methods.storage import NARROW_KEYS, Storage, latest
 
 
 class MemoryAwareSynapses(QuadraticRegularizer):
@@ -33,10 +33,13 @@ class MemoryAwareSynapses(QuadraticRegularizer):
     Args:
         model: the network to protect. It may grow, as for :class:`limpet.EWC`.
         strength: lambda, at least 0. It may be changed at any time.
+        importance_format: as for :class:`limpet.EWC`.
+        anchor_format: as for :class:`limpet.EWC`.
 
     Raises:
-        TypeError: ``model`` is no module, or ``strength`` is no number.
-        ValueError: ``strength`` is out of range.
+        TypeError: ``model`` is no module, ``strength`` is no number, or a parameter is float64 and a format is
+            narrower.
+        ValueError: ``strength`` is out of range, or there is no such format.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> _ = nn.init.ones_(model.weight)
@@ -47,6 +50,17 @@ class MemoryAwareSynapses(QuadraticRegularizer):
     """
 
     _factor = 2.0
+    _optional_keys = NARROW_KEYS
+
+    def __init__(
+        self,
+        model: nn.Module,
+        strength: float,
+        *,
+        importance_format: str = "float32",
+        anchor_format: str = "float32",
+    ) -> None:
+        super().__init__(model, strength, Storage(importance_format, anchor_format))
 
     def consolidate(
         self,
@@ -96,12 +110,9 @@ class MemoryAwareSynapses(QuadraticRegularizer):
         for name, value in sums.items():
             if not bool(value.isfinite().all()):
                 raise RuntimeError(f"the gradient of {name!r} is not finite")
-        protected = self._protected()
-        importances = {}
-        for name, value in sums.items():
-            new = value.div_(done).to(wide(learning[name].dtype))
-            importances[name] = new.add_(self.importances[name]) if name in protected else new
-        self._anchor_here(importances)
+        for value in sums.values():
+            value.div_(done)
+        self._merge(sums, latest(1.0))
 
     end_task = consolidate
 
@@ -119,7 +130,7 @@ class MemoryAwareSynapses(QuadraticRegularizer):
                 total += grad.abs()
 
     def __repr__(self) -> str:
-        return f"MemoryAwareSynapses(strength={self.strength:g}, num_tasks={self.num_tasks})"
+        return f"MemoryAwareSynapses(strength={self.strength:g}, num_tasks={self.num_tasks}{self._storage.text})"
 
 
 def _outputs(model: nn.Module, inputs: Any) -> Any:

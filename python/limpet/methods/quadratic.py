@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from limpet import _checks, ops
+from limpet.methods.storage import WIDE, Rule, Storage, read_packed, read_storage, rounding
 from limpet.reference import wide
 
 _log = logging.getLogger("limpet")
@@ -40,8 +41,8 @@ class QuadraticRegularizer:
         model: the network that is protected.
         strength: lambda, at least 0. It may be changed at any time.
         num_tasks: consolidations so far.
-        anchors: where the parameters are pulled to, by name: float32, float64 for float64 parameters.
-        importances: F or Omega, by name, in the same dtypes.
+        anchors: where the parameters are pulled to, by name: float32, float64 for float64 parameters, or packed.
+        importances: F or Omega, by name, in the same dtypes, or narrower.
         constant: what merging several quadratics into one left over.
     """
 
@@ -49,7 +50,7 @@ class QuadraticRegularizer:
     _keeps_starts = False  # whether parameters without an importance have an anchor too: where their first task began
     _optional_keys: frozenset[str] = frozenset()  # of a state
 
-    def __init__(self, model: nn.Module, strength: float) -> None:
+    def __init__(self, model: nn.Module, strength: float, storage: Storage = WIDE) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_checks.describe(model)}")
         self.model = model
@@ -58,8 +59,15 @@ class QuadraticRegularizer:
         self.anchors: dict[str, Tensor] = {}
         self.importances: dict[str, Tensor] = {}
         self.constant = 0.0
+        self._storage = storage
+        self._packed_shapes: dict[str, torch.Size] = {}  # a packed tensor has one dimension
         self._free: frozenset[str] = frozenset()
         self._check_model()
+
+    @property
+    def packed(self) -> bool:
+        """Whether anchors or importances are held as :func:`limpet.ops.pack_anchor` and its relative make them."""
+        return self._storage.packed
 
     def penalty(self) -> Tensor:  # []
         """The penalty as a differentiable 0-d tensor, to be added to the loss; zero before the first consolidation.
@@ -95,13 +103,19 @@ class QuadraticRegularizer:
 
         Numbers, and mappings from parameter names to tensors: ``torch.load(..., weights_only=True)`` reads it.
         """
-        return {
+        state = {
             "strength": self.strength,
             "num_tasks": self.num_tasks,
             "constant": self.constant,
             "anchors": dict(self.anchors),
             "importances": dict(self.importances),
         }
+        if self._storage.narrow:
+            state |= vars(self._storage)
+            state["shapes"] = {
+                name: torch.tensor(shape, dtype=torch.int64) for name, shape in self._packed_shapes.items()
+            }
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a :meth:`state_dict`; tensors follow the model's parameters to device and dtype when first used.
@@ -121,13 +135,18 @@ class QuadraticRegularizer:
 
     def _read(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """Attributes from a state of the right keys, checked; subclasses add their own."""
+        storage, shapes = read_storage(state)
         values: dict[str, Any] = {
             "strength": _checks.finite_number("state['strength']", state["strength"], minimum=0.0),
             "num_tasks": _checks.integer("state['num_tasks']", state["num_tasks"], minimum=0),
             "constant": _checks.finite_number("state['constant']", state["constant"], minimum=0.0),
-            "anchors": named_tensors("state['anchors']", state["anchors"]),
-            "importances": named_tensors("state['importances']", state["importances"]),
+            "_storage": storage,
+            "_packed_shapes": shapes,
         }
+        if storage.packed:
+            return {**values, **read_packed(state, storage, shapes)}
+        for kind in ("anchors", "importances"):
+            values[kind] = named_tensors(f"state[{kind!r}]", state[kind])
         anchors = values["anchors"]
         if self._keeps_starts:
             anchors = {name: t for name, t in anchors.items() if name in values["importances"]}
@@ -168,11 +187,12 @@ class QuadraticRegularizer:
         for name, param in params.items():
             if type(param) is not nn.Parameter and hasattr(param, "device_mesh"):  # a DTensor: its type imports slowly
                 raise TypeError(f"parameter {name!r} must not be sharded over processes: each needs a whole model")
+        self._storage.check(params)
         missing = self.importances.keys() - params.keys()
         if missing:
             raise RuntimeError(f"the model has lost parameters that are protected: {sorted(missing)}")
         for name, importance in self.importances.items():
-            old, new = importance.shape, params[name].shape
+            old, new = self._packed_shapes.get(name, importance.shape), params[name].shape
             if old != new and (len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True))):
                 raise RuntimeError(
                     f"parameter {name!r} was consolidated with shape {list(old)}; "
@@ -193,6 +213,32 @@ class QuadraticRegularizer:
             self._follow(name, param)
         return protected
 
+    def _merge(self, new: dict[str, Tensor], rule: Rule) -> None:
+        """Merge a task's importances by name, which are used up, with what is held, parameter by parameter.
+
+        Raises:
+            RuntimeError: a value is out of a format's range. Nothing has been merged then.
+        """
+        protected = self._protected()
+        anchors, importances, shapes = dict(self.anchors), dict(self.importances), dict(self._packed_shapes)
+        constant = self.constant
+        for name, param in self.model.named_parameters():
+            if name not in new:
+                continue
+            old = (anchors[name], importances[name]) if name in protected else None
+            generator = rounding(self.num_tasks, name, param.device) if self._storage.narrow else None
+            try:
+                merged = self._storage.merged(param, new.pop(name), old, rule, generator)
+            except ValueError as error:
+                raise RuntimeError(f"parameter {name!r} cannot be protected in {self._storage}: {error}") from error
+            anchors[name], importances[name] = merged[:2]
+            constant += merged[2]
+            if self.packed:
+                shapes[name] = param.shape
+        self.anchors, self.importances, self._packed_shapes, self.constant = anchors, importances, shapes, constant
+        self.num_tasks += 1
+        self._free = frozenset()
+
     def _anchor_here(self, importances: Mapping[str, Tensor]) -> None:
         """Take over importances by name, and anchor those parameters where they are."""
         params = dict(self.model.named_parameters())
@@ -203,20 +249,35 @@ class QuadraticRegularizer:
 
     def _follow(self, name: str, param: Tensor) -> None:
         """Bring a parameter's anchor and importance to its device and dtype, and to its size if it grew."""
-        old = self.anchors[name].shape
+        old = self._packed_shapes.get(name, self.anchors[name].shape)
         if old != param.shape:
             who = type(self).__name__
             _log.info(
                 "%s: %s grew from %s to %s; its old slice stays protected", who, name, list(old), list(param.shape)
             )
+        if name in self._packed_shapes:
+            if old != param.shape or self.anchors[name].device != param.device:
+                self._follow_packed(name, param)
+            return
         self.anchors[name] = placed(self.anchors[name], param, rest=param)
         if name in self.importances:
-            self.importances[name] = placed(self.importances[name], param)
+            self.importances[name] = placed(self.importances[name], param, dtype=self._storage.importance_dtype(param))
+
+    def _follow_packed(self, name: str, param: Tensor) -> None:
+        held = self.anchors[name], self.importances[name]
+        with torch.inference_mode(False), torch.no_grad():  # they outlive this call
+            if self._packed_shapes[name] != param.shape:
+                anchor, importance = self._storage.dense(*held, self._packed_shapes[name])
+                held = self._storage.merged(placed(anchor, param, rest=param), placed(importance, param))[:2]
+            self.anchors[name], self.importances[name] = (tensor.to(param.device) for tensor in held)
+        self._packed_shapes[name] = param.shape
 
 
-def placed(tensor: Tensor, param: Tensor, rest: Tensor | None = None) -> Tensor:  # [*], [*], [*] -> [*]
+def placed(
+    tensor: Tensor, param: Tensor, rest: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:  # [*], [*], [*] -> [*]
     """A tensor on its parameter's device, in its wide dtype, and grown to its size with ``rest`` (zeros if None)."""
-    dtype = wide(param.dtype)
+    dtype = dtype or wide(param.dtype)
     if tensor.shape == param.shape and tensor.dtype == dtype and tensor.device == param.device:
         return tensor
     with torch.inference_mode(False), torch.no_grad():  # it outlives this call

@@ -19,6 +19,7 @@ from limpet import _checks, reference
 # The format that a packed tensor's dtype stands for.
 PACKED_IMPORTANCES = {torch.uint8: "log8"}
 PACKED_ANCHORS = {torch.int16: "fixed16", torch.uint8: "split24"}
+PACKED_DTYPES = {format: dtype for formats in (PACKED_IMPORTANCES, PACKED_ANCHORS) for dtype, format in formats.items()}
 _FORMATS = tuple(PACKED_ANCHORS.values())
 
 
@@ -94,6 +95,8 @@ def unpack_importance(
 def pack_anchor(
     anchor: Tensor,  # [*]
     format: str = "fixed16",
+    *,
+    generator: torch.Generator | None = None,
 ) -> Tensor:  # [bytes / 2] int16, or [bytes] uint8
     """Anchors in 2 or 3 bytes each.
 
@@ -107,9 +110,13 @@ def pack_anchor(
     The penalty's gradient is a small difference of close numbers, so the anchor's error is to be compared with how far
     the parameters move, not with their size.
 
+    A running mean that is stored anew after each of many tasks stands still once a task moves it by less than half a
+    step. Give a ``generator`` then, as for :func:`pack_importance`.
+
     Args:
         anchor: float32, bfloat16 or float16, finite, of any shape and layout.
         format: ``"fixed16"`` or ``"split24"``.
+        generator: what the rounding is drawn from, on the same device; to the nearest value where there is none.
 
     Returns:
         A tensor of one dimension on the same device: int16 with 2 bytes an element and 2 for each block, or uint8 with
@@ -129,8 +136,13 @@ def pack_anchor(
         low, high = anchor.detach().aminmax()
         if not (low > -math.inf and high < math.inf):
             raise ValueError(f"anchor must be finite, got values from {low:g} to {high:g}")
-    pack = reference.pack_fixed16 if format == "fixed16" else reference.pack_split24
-    return pack(anchor.detach())
+    values = anchor.detach()
+    if generator is not None:
+        values = values.float()
+        values = moved_at_random(
+            values, _fixed16_steps(values) if format == "fixed16" else steps(values, 15), generator
+        )
+    return (reference.pack_fixed16 if format == "fixed16" else reference.pack_split24)(values)
 
 
 def unpack_anchor(
@@ -149,6 +161,74 @@ def unpack_anchor(
     """
     format = _packed("packed", packed, shape, PACKED_ANCHORS)
     return (reference.unpack_fixed16 if format == "fixed16" else reference.unpack_split24)(packed, shape)
+
+
+# --- rounding at random, and packed tensors in pieces -----------------------------------------------------------------
+
+
+def moved_at_random(values: Tensor, steps: Tensor, generator: torch.Generator) -> Tensor:  # [*], [*] -> [*]
+    """Values moved by up to half a step: rounded to the nearest multiple of it they are then right on average."""
+    noise = torch.rand(values.shape, generator=generator, device=values.device) - 0.5
+    return torch.addcmul(values, noise, steps)
+
+
+def steps(values: Tensor, mantissa: int) -> Tensor:  # [*] float32 -> [*]
+    """From each value to the next that has so many bits of mantissa; 0 for those too small to have an exponent."""
+    return (values.view(torch.int32) & 0x7F800000).view(torch.float32) * 2.0**-mantissa
+
+
+def _fixed16_steps(values: Tensor) -> Tensor:  # [*] float32 -> [*]
+    flat = values.flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % reference.NARROW_BLOCK)).view(-1, reference.NARROW_BLOCK)
+    scales = blocks.abs().amax(dim=1) / 32767  # before bfloat16 rounds it up, by less than a hundredth
+    return scales.repeat_interleave(reference.NARROW_BLOCK)[: flat.numel()].view(values.shape)
+
+
+def unpack_piece(
+    packed: Tensor,  # [bytes] uint8, or [bytes / 2] int16
+    format: str,
+    numel: int,
+    begin: int,
+    end: int,
+) -> Tensor:  # [end - begin] float32
+    """The values from ``begin``, where a block begins, to ``end`` of a packed tensor that holds ``numel``."""
+    piece = torch.zeros(packed_size(format, end - begin), dtype=packed.dtype, device=packed.device)
+    for to, part in zip(_parts(piece, format, end - begin), _parts(packed, format, numel, begin, end), strict=True):
+        to.copy_(part)
+    unpack = {"log8": reference.unpack_log8, "fixed16": reference.unpack_fixed16, "split24": reference.unpack_split24}
+    return unpack[format](piece, [end - begin])
+
+
+def pack_piece_(
+    packed: Tensor,  # [bytes] uint8, or [bytes / 2] int16
+    format: str,
+    numel: int,
+    begin: int,
+    values: Tensor,  # [n] float32
+    generator: torch.Generator | None = None,
+) -> None:
+    """Put values in the place of those from ``begin``, where a block begins, in a packed tensor of ``numel``."""
+    if format == "log8":
+        piece = pack_importance(values, generator=generator)
+    else:
+        piece = pack_anchor(values, format, generator=generator)
+    end = begin + values.numel()
+    for to, part in zip(_parts(packed, format, numel, begin, end), _parts(piece, format, end - begin), strict=True):
+        to.copy_(part)
+
+
+def _parts(packed: Tensor, format: str, numel: int, begin: int = 0, end: int | None = None) -> tuple[Tensor, Tensor]:
+    """The bytes that hold a piece: its codes, and its tops or scales (or, for split24, lower bits)."""
+    data, end = packed.view(torch.uint8), numel if end is None else end
+    width = 1 if format == "log8" else 2  # bytes of a code
+    second = width * numel + -width * numel % 16
+    if format == "split24":
+        return data[2 * begin : 2 * end], data[second + begin : second + end]
+    blocks = [2 * -(-k // reference.NARROW_BLOCK) for k in (begin, end)]
+    return data[width * begin : width * end], data[second + blocks[0] : second + blocks[1]]
+
+
+# --- validation -------------------------------------------------------------------------------------------------------
 
 
 def _narrowable(name: str, value: Any) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limpet import _checks
+from limpet.ops.narrow import PACKED_DTYPES
 from limpet.reference import wide
 
 _DTYPES = frozenset(_checks.FLOAT_DTYPES)
@@ -61,6 +62,8 @@ class Regularization:
                 raise TypeError(
                     f"regularizers[{k}] must have a method quadratic(), got {_checks.describe(regularizer)}"
                 )
+            if getattr(regularizer, "packed", False):  # now, not only once there is something to protect
+                raise _packed(k)
         integrating = [k for k, regularizer in enumerate(self._regularizers) if hasattr(regularizer, "integrals")]
         if len(integrating) > 1:
             raise ValueError(f"at most one of regularizers may have path integrals, got them in {integrating}")
@@ -159,8 +162,18 @@ def _version(tensor: Tensor) -> object:
     return object() if tensor.is_inference() else tensor._version
 
 
+def _packed(k: int) -> TypeError:
+    return TypeError(
+        f"regularizers[{k}] must hold its anchors and importances as floats: a fused step does not read packed ones. "
+        "Leave it out and call its add_penalty_grad_() before each step, or hold importances as bfloat16 and anchors "
+        "as float32"
+    )
+
+
 def _check(k: int, name: str, param: Tensor, what: str, tensor: Tensor, exactly: torch.dtype | None = None) -> None:
     """Require that a regularizer's tensor lies beside its parameter."""
+    if tensor.dtype in PACKED_DTYPES.values():
+        raise _packed(k)
     fits = tensor.dtype == exactly if exactly else (tensor.dtype == torch.float64) == (param.dtype == torch.float64)
     if not fits or tensor.dtype not in _DTYPES or tensor.shape != param.shape or tensor.device != param.device:
         raise ValueError(
