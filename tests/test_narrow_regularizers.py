@@ -15,6 +15,7 @@ from limpet.methods.ewc import _merged
 from limpet.methods.storage import ANCHOR_FORMATS, IMPORTANCE_FORMATS, Storage, latest, rounding
 from limpet.reference import dense_anchor, dense_importance
 from limpet.scenarios import datasets
+from limpet.strength import search
 from tolerances import assert_close, relative_error
 
 NARROWEST = {"importance_format": "log8", "anchor_format": "fixed16"}
@@ -508,3 +509,14 @@ def test_a_fused_optimizer_reads_bfloat16_importances_and_takes_penalties_in_the
         pairs = values(method).values()
         for p, start, g, (a, f) in zip(model.parameters(), starts, grads, pairs, strict=True):
             assert_close(p, start.double() - 0.1 * (g + 50.0 * f.double() * (start.double() - a.double())))
+
+
+def test_the_default_strengths_follow_from_packed_importances_too():
+    model = nn.Linear(40, 30)
+    batches = [(torch.randn(64, 40), torch.randint(30, (64,)))]
+    grids = []
+    for formats in ({}, {"importance_format": "log8", "anchor_format": "fixed16"}):
+        ewc = EWC(model, 1.0, **formats)
+        ewc.consolidate(batches)
+        grids.append(search._default_grid(ewc))
+    assert grids[0] == grids[1]

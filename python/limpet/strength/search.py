@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
-from limpet import _checks
+from limpet import _checks, ops
 from limpet.strength.candidate import Candidate
 from limpet.strength.randomness import RandomState
 from limpet.strength.result import StrengthSuggestion, Trial
@@ -259,7 +259,12 @@ def _half_around(best: float, strengths: Sequence[float]) -> list[float]:
 
 def _default_grid(regularizer: Regularizer) -> list[float]:
     """Decades around the one where ``strength * mean(importances)`` is 1."""
-    importances = getattr(regularizer, "importances", None) or {}
+    params = dict(regularizer.model.named_parameters())
+    held = getattr(regularizer, "importances", None) or {}
+    importances = {
+        name: tensor if tensor.is_floating_point() else ops.unpack_importance(tensor, params[name].shape)
+        for name, tensor in held.items()
+    }
     total = sum(float(tensor.double().sum()) for tensor in importances.values())
     if not 0 < total < math.inf:
         raise ValueError(
