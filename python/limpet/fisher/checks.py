@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     params: dict[str, nn.Parameter] = {}
     seen = set()
     for prefix, module in model.named_modules():
-        _refuse_module(prefix, module)
+        if _may_be_refused(type(module)):
+            _refuse_module(prefix, module)
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad and id(p) not in seen:
                 seen.add(id(p))
@@ -43,6 +45,11 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("diagonal_fisher needs gradients: call it outside torch.inference_mode()")
     return params
+
+
+@lru_cache(1024)
+def _may_be_refused(kind: type) -> bool:
+    return issubclass(kind, (_BatchNorm, _DropoutNd, nn.Embedding, nn.EmbeddingBag))
 
 
 def _refuse_module(name: str, module: nn.Module) -> None:
