@@ -157,7 +157,9 @@ class _Gradient:
 
     def _pull_back(self, computed: Tensor, grad: Tensor, into: Tensor) -> None:  # [*], [n, *], [n, *shape]
         for n, one in enumerate(grad):
-            (own,) = torch.autograd.grad(computed, self._param, one.to(computed.dtype), retain_graph=True, allow_unused=True)
+            (own,) = torch.autograd.grad(
+                computed, self._param, one.to(computed.dtype), retain_graph=True, allow_unused=True
+            )
             if own is not None:
                 into[n] += own.to_dense() if own.layout != torch.strided else own
 
