@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -14,6 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from limpet import _checks
 
+_MAY_BE_REFUSED = (_BatchNorm, _DropoutNd, nn.Embedding, nn.EmbeddingBag)
+
 
 def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters to compute for, by name, once model and surroundings have been checked."""
@@ -22,7 +23,7 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     params: dict[str, nn.Parameter] = {}
     seen = set()
     for prefix, module in model.named_modules():
-        if _may_be_refused(type(module)):
+        if isinstance(module, _MAY_BE_REFUSED):
             _refuse_module(prefix, module)
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad and id(p) not in seen:
@@ -45,11 +46,6 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     if torch.is_inference_mode_enabled():
         raise RuntimeError("diagonal_fisher needs gradients: call it outside torch.inference_mode()")
     return params
-
-
-@lru_cache(1024)
-def _may_be_refused(kind: type) -> bool:
-    return issubclass(kind, (_BatchNorm, _DropoutNd, nn.Embedding, nn.EmbeddingBag))
 
 
 def _refuse_module(name: str, module: nn.Module) -> None:

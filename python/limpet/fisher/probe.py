@@ -50,7 +50,6 @@ class Probe:
 
         # Not as many as the batch holds, so that what grows with the number of samples is seen to.
         self.samples = batch.distinct(min(_SAMPLES, batch.size - 1)) if batch.size > 2 else torch.tensor([0, 1, 1])
-        last = self.samples.numel() - 1
         few = batch.take(self.samples)
         plain = Recorder(names, declined, _nothing, self._remember, few.size)
         with plain:
@@ -58,7 +57,10 @@ class Probe:
         constant = plain.constant
         self.spans: Spans = plain.spans
         del plain
-        mixed = self._interact([last if n == 1 and batch.size > 3 else 1 - n for n in (0, 1)], together=batch.size > 3)
+        if batch.size > 3:  # in order, as the samples are
+            mixed = self._interact([[1, 1, 2], [0, 2, 2]], together=[1, 2, 2])
+        else:
+            mixed = self._interact([[1] * few.size, [0] * few.size], together=None)
         self.layouts: dict[Key, Layout | None] = {key: self._established(key, self._changed[key]) for key in self._lead}
         if not mixed and any(layout is None and self._is_open(key) for key, layout in self.layouts.items()):
             self._trace(few)
@@ -95,27 +97,25 @@ class Probe:
             one[_TRACED] = 1
             gradients(losses, traced.anchor, one)
 
-    def _interact(self, by: Sequence[int], *, together: bool) -> bool:
-        """Replace the first samples by these, and say whether samples were seen to interact.
+    def _interact(self, by: Sequence[Sequence[int]], *, together: Sequence[int] | None) -> bool:
+        """Put samples in others' places, and say whether samples were seen to interact.
 
-        One by one, the others' losses must stay. Together, which is cheaper, so must those of the samples that came to
-        another place, but for rounding: where they did not quite, the samples are replaced one by one as well.
+        The losses of those that stay must stay: ``by`` says who is in each place. ``together`` is cheaper: in it, every
+        sample must have its loss in another place, too, but for rounding; if that is quite so, nothing else is run.
         """
         far = False
-        if together:
-            index = torch.tensor([*by, *range(len(by), self.samples.numel())])
+        if together is not None:
+            index = torch.tensor(together)
             losses, expected = self._run(index), self.losses[index.to(self.losses.device)]
             difference = (losses - expected).abs()
             if not (difference > self._rounding()).any():
                 return False
             bound = float(torch.finfo(working_dtype(losses)).eps) ** 0.5
             far = bool((difference > bound * expected.abs().clamp(min=1.0)).any())
-        for n, other in enumerate(by):
-            index = torch.arange(self.samples.numel())
-            index[n] = other
-            different = (self._run(index) - self.losses).abs() > self._rounding()
-            different[n] = False
-            far = far or bool(different.any())
+        for places in by:
+            index = torch.tensor(places)
+            stayed = (index == torch.arange(index.numel())).to(self.losses.device)
+            far |= bool(((self._run(index) - self.losses)[stayed].abs() > self._rounding()).any())
         return far
 
     def _rounding(self) -> float:
@@ -139,7 +139,11 @@ class Probe:
     def _changing(self, key: Key, layout: Layout) -> Tensor:  # bool [T]
         """Which places of a call were seen to change with their sample."""
         own = [layout.split(rows, self.samples.numel())[replaced] for replaced, rows in self._changed[key]]
-        return torch.cat([rows.reshape(len(rows), -1) for rows in own]).any(dim=0) if own else torch.zeros(0, dtype=torch.bool)
+        return (
+            torch.cat([rows.reshape(len(rows), -1) for rows in own]).any(dim=0)
+            if own
+            else torch.zeros(0, dtype=torch.bool)
+        )
 
     def _is_open(self, key: Key) -> bool:
         """Whether more evidence may tell a call's layout."""
