@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from limpet.fisher.layout import Layout, candidates, established, rows_changed
+from limpet.fisher.layout import Layout, candidates, established, remaining, rows_changed
 
 
 def test_candidates() -> None:
@@ -39,18 +39,25 @@ def touched(*shape: int, at: list[tuple[int, ...]]) -> Tensor:
 
 
 def test_one_layout_explains() -> None:
-    evidence = [(0, touched(3, 3, at=[(0, 0), (0, 2)])), (1, touched(3, 3, at=[(1, 1)]))]
+    evidence = [([0], touched(3, 3, at=[(0, 0), (0, 2)])), ([1], touched(3, 3, at=[(1, 1)]))]
     assert established([3, 3], 3, evidence) == Layout(0)
-    evidence = [(0, touched(6, at=[(0,), (3,)])), (1, touched(6, at=[(4,)]))]
+    evidence = [([0], touched(6, at=[(0,), (3,)])), ([1], touched(6, at=[(4,)]))]
     assert established([6], 3, evidence) == Layout(0, 2, time_major=True)
 
 
+def test_several_samples_at_a_time() -> None:
+    both = [([0, 1], touched(6, at=[(0,), (3,), (4,)]))]
+    assert established([6], 3, both) == Layout(0, 2, time_major=True)
+    assert remaining([6], 3, [([0, 1], touched(6, at=[(0,), (1,)]))]) == candidates([6], 3)
+    assert remaining([3], 3, [([0, 1], touched(3, at=[(1,), (2,)]))]) == []
+
+
 def test_nothing_is_guessed() -> None:
-    diagonal = [(0, touched(3, 3, at=[(0, 0)])), (1, touched(3, 3, at=[(1, 1)]))]
+    diagonal = [([0], touched(3, 3, at=[(0, 0)])), ([1], touched(3, 3, at=[(1, 1)]))]
     assert established([3, 3], 3, diagonal) is None  # both dimensions explain it
-    assert established([3, 3], 3, [(0, touched(3, 3, at=[]))]) is None  # nothing was seen
-    assert established([3], 3, [(0, touched(3, at=[(0,), (2,)]))]) is None  # no layout explains it
-    assert established([4], 3, [(0, touched(4, at=[(0,)]))]) is None  # no layout has this size
+    assert established([3, 3], 3, [([0], touched(3, 3, at=[]))]) is None  # nothing was seen
+    assert established([3], 3, [([0], touched(3, at=[(0,), (2,)]))]) is None  # no layout explains it
+    assert established([4], 3, [([0], touched(4, at=[(0,)]))]) is None  # no layout has this size
 
 
 def test_rows_changed_ignores_rounding() -> None:

@@ -13,6 +13,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from limpet import _checks
 
+_MAY_BE_REFUSED = (_BatchNorm, _DropoutNd, nn.Embedding, nn.EmbeddingBag)
+
 
 def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     """The parameters to compute for, by name, once model and surroundings have been checked."""
@@ -21,7 +23,8 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     params: dict[str, nn.Parameter] = {}
     seen = set()
     for prefix, module in model.named_modules():
-        _refuse_module(prefix, module)
+        if isinstance(module, _MAY_BE_REFUSED):
+            _refuse_module(prefix, module)
         for name, p in module._parameters.items():
             if p is not None and p.requires_grad and id(p) not in seen:
                 seen.add(id(p))

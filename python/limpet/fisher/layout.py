@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,29 +41,31 @@ def candidates(lead: Sequence[int], samples: int) -> list[Layout]:
     return found
 
 
-def established(
-    lead: Sequence[int],
-    samples: int,
-    evidence: Iterable[tuple[int, Tensor]],  # (sample, bool [*lead]: the rows it was seen to touch)
-) -> Layout | None:
+Evidence = Sequence[tuple[Sequence[int], Tensor]]  # (samples, bool [*lead]: the rows that they were seen to touch)
+
+
+def established(lead: Sequence[int], samples: int, evidence: Evidence) -> Layout | None:
     """The one layout in which each sample touches its own rows alone.
 
     None if that holds for several layouts or for none, or if no row was touched.
     """
-    seen = [(sample, touched) for sample, touched in evidence if bool(touched.any())]
-    if not seen:
-        return None
-    left = [
+    left = remaining(lead, samples, evidence)
+    return left[0] if len(left) == 1 and any(bool(touched.any()) for _, touched in evidence) else None
+
+
+def remaining(lead: Sequence[int], samples: int, evidence: Evidence) -> list[Layout]:
+    """The layouts that the evidence leaves."""
+    seen = [(some, touched) for some, touched in evidence if bool(touched.any())]
+    return [
         layout
         for layout in candidates(lead, samples)
-        if all(_explains(layout, samples, sample, touched) for sample, touched in seen)
+        if all(_explains(layout, samples, some, touched) for some, touched in seen)
     ]
-    return left[0] if len(left) == 1 else None
 
 
-def _explains(layout: Layout, samples: int, sample: int, touched: Tensor) -> bool:
+def _explains(layout: Layout, samples: int, some: Sequence[int], touched: Tensor) -> bool:
     by_sample = layout.split(touched, samples).reshape(samples, -1).any(dim=1)  # [N]
-    return not bool(by_sample[torch.arange(samples, device=touched.device) != sample].any())
+    return not any(flag for n, flag in enumerate(by_sample.tolist()) if n not in some)
 
 
 def rows_changed(before: Tensor, after: Tensor, lead: int) -> Tensor:  # [*lead, *features] twice -> bool [*lead]

@@ -43,6 +43,11 @@ def _differ(few: Sequence[Span], many: Sequence[Span]) -> bool:
     return set(few) != set(many)  # called in a loop over the samples
 
 
+def may_mix(func: Any) -> bool:
+    """Whether some calls of a function combine or move rows."""
+    return getattr(func, "__name__", "") in _SPANS
+
+
 def span(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, Span] | None:
     """A function's name and the sizes along which this call of it combines or moves rows; None if it cannot."""
     name = getattr(func, "__name__", "")

@@ -53,7 +53,9 @@ class Operands:
         if not isinstance(value, Tensor) or not value.requires_grad:
             return None
         place = self._computed.get(id(value))
-        return self._region(value) if place is None else Operand("", None, place)
+        if place is not None:
+            return Operand("", None, place)
+        return None if value._base is None else self._region(value)
 
     def among(self, args: Iterable[Any]) -> bool:
         """Whether there is an operand among the arguments, or in a list among them."""

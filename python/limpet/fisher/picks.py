@@ -45,6 +45,12 @@ def deciding_values(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return values or _unknown()
 
 
+def may_pick(func: Any) -> bool:
+    """Whether some calls of a function pick rows."""
+    name = getattr(func, "__name__", "")
+    return name in _NAMES or name in _INDEXING or name == "where" or isinstance(func, (OpOverload, OpOverloadPacket))
+
+
 def _picks_rows(func: Any, args: tuple[Any, ...]) -> bool:
     name = getattr(func, "__name__", "")
     if name in _INDEXING:

@@ -1,27 +1,30 @@
 """Find out which rows of each call belong to which sample, on a few samples of a batch.
 
-The samples are run together (of a batch of two, one of them twice); then two of them in turn are replaced by another
-one, and every row that changes was touched by the replaced sample; and the gradient of one sample's loss shows the rows
-through which that loss is reached. A layout must explain all of it.
+The samples are run together; then some of them are replaced by others among them, and every row that changes was
+touched by a replaced sample. A layout must explain all of it. Where that leaves several layouts, or shows nothing, the
+gradient of one sample's loss shows the rows through which that loss is reached.
+
+Samples that interact give themselves away: a loss changes that belongs to a sample which stayed, or which came to
+another place among other samples.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
-from limpet.fisher.layout import Layout, any_feature, established, rounding, rows_changed
+from limpet.fisher.layout import Layout, any_feature, established, remaining, rounding, rows_changed
 from limpet.fisher.mixing import Spans
-from limpet.fisher.precision import gradients
+from limpet.fisher.precision import gradients, working_dtype
 from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Saved
 
-Evidence = list[tuple[int, Tensor]]  # (sample, bool [*lead]: the rows it touches)
+Found = list[tuple[list[int], Tensor]]  # (samples, bool [*lead]: the rows they touch)
 
 _SAMPLES = 3
 _TRACED = 1  # the sample whose gradient is followed
@@ -42,28 +45,27 @@ class Probe:
         self._declined = declined
         self._lead: dict[Key, torch.Size] = {}
         self._before: dict[Key, Tensor] = {}
-        self._changed: dict[Key, Evidence] = defaultdict(list)
-        self._reached: dict[Key, Evidence] = defaultdict(list)
+        self._changed: dict[Key, Found] = defaultdict(list)
+        self._reached: dict[Key, Found] = defaultdict(list)
 
         # Not as many as the batch holds, so that what grows with the number of samples is seen to.
         self.samples = batch.distinct(min(_SAMPLES, batch.size - 1)) if batch.size > 2 else torch.tensor([0, 1, 1])
         few = batch.take(self.samples)
-        traced = Recorder(names, declined, self._note_gradient, self._remember, few.size)
-        with traced:
-            losses = losses_of(model, few, objective)
-        self.losses = losses.detach()  # [n, K]
-        if losses.requires_grad:
-            one = torch.zeros_like(losses)
-            one[_TRACED] = 1
-            gradients(losses, traced.anchor, one)
-        constant = traced.constant
-        self.spans: Spans = traced.spans
-        del losses, traced
-        mixed = [self._replace(sample, by) for sample, by in ((0, 1), (1, few.size - 1 if batch.size > 3 else 0))]
-
-        self.layouts: dict[Key, Layout | None] = {
-            key: self._established(key, self._changed[key] + self._reached[key]) for key in self._lead
-        }
+        plain = Recorder(names, declined, _nothing, self._remember, few.size)
+        with plain:
+            self.losses = losses_of(model, few, objective).detach()  # [n, K]
+        constant = plain.constant
+        self.spans: Spans = plain.spans
+        del plain
+        if batch.size > 3:  # in order, as the samples are
+            mixed = self._interact([[1, 1, 2], [0, 2, 2]], together=[1, 2, 2])
+        else:
+            mixed = self._interact([[1] * few.size, [0] * few.size], together=None)
+        self.layouts: dict[Key, Layout | None] = {key: self._established(key, self._changed[key]) for key in self._lead}
+        if not mixed and any(layout is None and self._is_open(key) for key, layout in self.layouts.items()):
+            self._trace(few)
+            for key in self._lead:
+                self.layouts[key] = self._established(key, self._changed[key] + self._reached[key])
         self.shared: set[Key] = {
             key
             for key, layout in self.layouts.items()
@@ -73,7 +75,7 @@ class Probe:
         self.changing: dict[Key, Tensor] = {
             key: self._changing(key, layout) for key, layout in self.layouts.items() if layout is not None
         }
-        if any(mixed):
+        if mixed:
             self._refuse()
 
     def _remember(self, key: Key, call: Call, x: Tensor | None, y: Tensor) -> None:
@@ -81,37 +83,73 @@ class Probe:
         self._lead[key] = y.shape[: call.lead]
         self._before[key] = (y if x is None else x).clone()
 
-    def _note_gradient(self, key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
-        self._reached[key].append((_TRACED, any_feature(dy != 0, call.lead)))
+    def _trace(self, few: Batch) -> None:
+        """Follow the gradient of one sample's loss."""
 
-    def _replace(self, sample: int, by: int) -> bool:
-        """Run with one sample replaced; note what changed, and say whether another sample's loss did."""
-        index = self.samples.clone()
-        index[sample] = self.samples[by]
-        few = self._batch.take(index)
+        def note(key: Key, call: Call, dy: Tensor, saved: Saved) -> None:
+            self._reached[key].append(([_TRACED], any_feature(dy != 0, call.lead)))
+
+        traced = Recorder(self._names, self._declined, note, None, few.size)
+        with traced:
+            losses = losses_of(self._model, few, self._objective)
+        if losses.requires_grad:
+            one = torch.zeros_like(losses)
+            one[_TRACED] = 1
+            gradients(losses, traced.anchor, one)
+
+    def _interact(self, by: Sequence[Sequence[int]], *, together: Sequence[int] | None) -> bool:
+        """Put samples in others' places, and say whether samples were seen to interact.
+
+        The losses of those that stay must stay: ``by`` says who is in each place. ``together`` is cheaper: in it, every
+        sample must have its loss in another place, too, but for rounding; if that is quite so, nothing else is run.
+        """
+        far = False
+        if together is not None:
+            index = torch.tensor(together)
+            losses, expected = self._run(index), self.losses[index.to(self.losses.device)]
+            difference = (losses - expected).abs()
+            if not (difference > self._rounding()).any():
+                return False
+            bound = float(torch.finfo(working_dtype(losses)).eps) ** 0.5
+            far = bool((difference > bound * expected.abs().clamp(min=1.0)).any())
+        for places in by:
+            index = torch.tensor(places)
+            stayed = (index == torch.arange(index.numel())).to(self.losses.device)
+            far |= bool(((self._run(index) - self.losses)[stayed].abs() > self._rounding()).any())
+        return far
+
+    def _rounding(self) -> float:
+        return rounding(self.losses.dtype) * float(self.losses.abs().max())
+
+    def _run(self, index: Tensor) -> Tensor:  # int64 [n] -> [n, K]
+        """The losses of samples in other places; note what changed."""
+        few = self._batch.take(self.samples[index])
+        replaced = (index != torch.arange(index.numel())).nonzero().flatten().tolist()
 
         def compare(key: Key, call: Call, x: Tensor | None, y: Tensor) -> None:
             if key not in self._before:
                 return
             before, after = self._before[key], y if x is None else x
             if before.shape == after.shape:  # else it depends on the samples how many rows there are: nothing is learnt
-                self._changed[key].append((sample, rows_changed(before, after, call.lead)))
+                self._changed[key].append((replaced, rows_changed(before, after, call.lead)))
 
-        with Recorder(self._names, self._declined, self._note_gradient, compare, few.size):
-            losses = losses_of(self._model, few, self._objective).detach()
-        others = torch.arange(losses.shape[0], device=losses.device) != sample
-        bound = rounding(losses.dtype) * float(self.losses.abs().max())
-        return bool(((losses - self.losses)[others].abs() > bound).any())
+        with Recorder(self._names, self._declined, _nothing, compare, few.size):
+            return losses_of(self._model, few, self._objective).detach()
 
     def _changing(self, key: Key, layout: Layout) -> Tensor:  # bool [T]
         """Which places of a call were seen to change with their sample."""
-        places = torch.zeros(0, dtype=torch.bool)
-        for sample, rows in self._changed[key]:
-            own = layout.split(rows, self.samples.numel())[sample].flatten()
-            places = own if places.numel() == 0 else places | own
-        return places
+        own = [layout.split(rows, self.samples.numel())[replaced] for replaced, rows in self._changed[key]]
+        return (
+            torch.cat([rows.reshape(len(rows), -1) for rows in own]).any(dim=0)
+            if own
+            else torch.zeros(0, dtype=torch.bool)
+        )
 
-    def _established(self, key: Key, evidence: Evidence) -> Layout | None:
+    def _is_open(self, key: Key) -> bool:
+        """Whether more evidence may tell a call's layout."""
+        return bool(remaining(self._lead[key], self.samples.numel(), self._changed[key]))
+
+    def _established(self, key: Key, evidence: Found) -> Layout | None:
         return established(self._lead[key], self.samples.numel(), evidence)
 
     def _refuse(self) -> None:
@@ -125,3 +163,7 @@ class Probe:
                     f"the loss or the model mixes samples: they interact at or before {module or 'the model itself'!r}"
                 )
         raise RuntimeError("the loss or the model mixes samples: a sample's loss changes with the others in its batch")
+
+
+def _nothing(*_: object) -> None:
+    """No gradient is followed."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import lru_cache
 from types import FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from limpet.fisher.layout import candidates
-from limpet.fisher.mixing import Span, span
+from limpet.fisher.mixing import Span, may_mix, span
 from limpet.fisher.operands import Operand, Operands
-from limpet.fisher.picks import deciding_values
-from limpet.fisher.rules import FOLLOWED, OPENED, RULES, Call, Match
+from limpet.fisher.picks import deciding_values, may_pick
+from limpet.fisher.rules import FOLLOWED, OPENED, RULES, Call, Match, Rule
 from limpet.fisher.rules.base import Saved
 
 # What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
@@ -78,30 +78,29 @@ class Recorder(TorchFunctionMode):
         if func in _QUESTIONS:
             return func(*args, **kwargs)
         everything = (*args, *kwargs.values()) if kwargs else args
-        rule = RULES.get(func)
-        match = None if rule is None else rule(self.operands.find, *args, **kwargs)
+        known = _known(func)
+        match = None if known.rule is None else known.rule(self.operands.find, *args, **kwargs)
         if match is not None:
             y = self._record(match)
             if y is not None:
                 return y if match.after is None else match.after(y)
-        opened = OPENED.get(func) if match is None else None
-        if opened is None and rule is None:
-            opened = _opened(func)
-        if opened is not None and self.operands.among(everything):
+        elif known.opened is not None and self.operands.among(everything):
             with self:
-                result = opened(*args, **kwargs)
+                result = known.opened(*args, **kwargs)
             if result is not None:
                 return result
         result = func(*args, **kwargs)
-        if func in FOLLOWED:
-            FOLLOWED[func](args, result)
+        if known.follow is not None:
+            known.follow(args, result)
         if not self.operands.compute(everything, result):
-            values = deciding_values(func, args, kwargs, result)
-            if values is not None:
-                self.decided.append(values)
-            along = span(func, args, kwargs)
-            if along is not None:
-                self.spans[along[0]].append(along[1])
+            if known.may_pick:
+                values = deciding_values(func, args, kwargs, result)
+                if values is not None:
+                    self.decided.append(values)
+            if known.may_mix:
+                along = span(func, args, kwargs)
+                if along is not None:
+                    self.spans[along[0]].append(along[1])
         return result
 
     def _record(self, match: Match) -> Tensor | None:
@@ -152,7 +151,24 @@ class _Recorded(torch.autograd.Function):
         return dx, None, None, None, None
 
 
-@cache
+class _Known(NamedTuple):
+    """What is done about a function's calls; looked up once, as most calls of a forward pass need none of it."""
+
+    rule: Rule | None
+    opened: Callable[..., Any] | None
+    follow: Callable[..., None] | None
+    may_pick: bool
+    may_mix: bool
+
+
+@lru_cache(4096)
+def _known(func: Any) -> _Known:
+    rule, opened = RULES.get(func), OPENED.get(func)
+    if opened is None and rule is None:
+        opened = _opened(func)
+    return _Known(rule, opened, FOLLOWED.get(func), may_pick(func), may_mix(func))
+
+
 def _opened(func: Any) -> Callable[..., Any] | None:
     """A copy of a function written in Python that does its work under the mode instead of handing itself to it."""
     if not isinstance(func, FunctionType) or func.__module__ != F.__name__:

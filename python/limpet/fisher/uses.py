@@ -45,7 +45,10 @@ class Uses:
             whole = len(operands) > 1 or operands[0].computed is not None
             if whole or not _fuses(found):
                 self.materialised.add(name)
-            gradient = _Gradient(self, name, None if whole else operands[0].region, len(found), whole, self._columns)
+            region = None if whole else operands[0].region
+            gradient = _Gradient(
+                self._sums, name, region, self._params[name], self._computed, len(found), whole, self._columns
+            )
             self._all.append(gradient)
             for operand in operands:
                 self._gradients[operand].append(gradient)
@@ -68,14 +71,27 @@ class Uses:
 class _Gradient:
     """One parameter's gradient, or that of a region of it which no other use overlaps."""
 
-    def __init__(self, uses: Uses, name: str, region: Region | None, count: int, whole: bool, columns: int) -> None:
-        self._uses, self._name, self._region, self._count = uses, name, region, count
-        self._whole, self._columns = whole, columns  # whole: several operands, so that the parameter's own shape counts
+    def __init__(
+        self,
+        sums: Mapping[str, Tensor],
+        name: str,
+        region: Region | None,
+        param: Tensor,
+        computed: Sequence[Tensor],
+        count: int,
+        whole: bool,
+        columns: int,
+    ) -> None:
+        self._sums, self._name, self._region, self._param, self._computed = sums, name, region, param, computed
+        self._count, self._whole, self._columns = count, whole, columns  # whole: of several operands, in param's shape
         self._parts: list[tuple[Operand, Contribution]] = []
         self._squares: Tensor | None = None  # [N, O], for the input:
         self._input: Tensor | None = None  # [N, I]
 
     def take(self, operand: Operand, contribution: Contribution) -> None:
+        if self._count == 1 and self._columns == 1 and not self._whole:  # nearly all
+            contribution.add_to(self._total())
+            return
         self._parts.append((operand, contribution))
         if len(self._parts) == self._count and not self._whole:
             self._add()
@@ -87,7 +103,7 @@ class _Gradient:
             Matrix(self._squares.sqrt(), self._input.to(self._squares.dtype)).add_to(self._total())
 
     def _total(self) -> Tensor:
-        total = self._uses._sums[self._name]
+        total = self._sums[self._name]
         return total if self._region is None else self._region.of(total)
 
     def _add(self) -> None:
@@ -126,7 +142,7 @@ class _Gradient:
             computed: dict[int, Tensor] = {}
             for operand, contribution in parts:
                 if operand.computed is not None:
-                    grad = contribution.per_sample(some, self._uses._computed[operand.computed].shape)
+                    grad = contribution.per_sample(some, self._computed[operand.computed].shape)
                     before = computed.get(operand.computed)
                     computed[operand.computed] = grad if before is None else before + grad
                 elif operand.region is None or not self._whole:
@@ -136,13 +152,14 @@ class _Gradient:
                     part = grads.as_strided((len(grads), *size), (total.numel(), *stride), offset)
                     part += contribution.per_sample(some, size)
             for place, grad in computed.items():
-                self._pull_back(self._uses._computed[place], grad, grads)
+                self._pull_back(self._computed[place], grad, grads)
             total += grads.square_().sum(dim=0)
 
     def _pull_back(self, computed: Tensor, grad: Tensor, into: Tensor) -> None:  # [*], [n, *], [n, *shape]
-        param = self._uses._params[self._name]
         for n, one in enumerate(grad):
-            (own,) = torch.autograd.grad(computed, param, one.to(computed.dtype), retain_graph=True, allow_unused=True)
+            (own,) = torch.autograd.grad(
+                computed, self._param, one.to(computed.dtype), retain_graph=True, allow_unused=True
+            )
             if own is not None:
                 into[n] += own.to_dense() if own.layout != torch.strided else own
 
