@@ -97,11 +97,11 @@ def average_accuracy(path: Path, stream: Stream, methods: Mapping[str, Sequence[
         axes.plot(learned, means, color=color, linewidth=1.8, marker="o", markersize=4, label=name)
         if len(runs) > 1:
             axes.fill_between(learned, means - errors, means + errors, color=color, alpha=0.25, linewidth=0)
-    axes.set_xticks(learned, [f"{k}\n{task.name}" for k, task in zip(learned, stream.tasks, strict=True)])
+    axes.set_xticks(learned, [task.name for task in stream.tasks])
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#eeeeee")
-    axes.set_xlabel("tasks learned, and the last of them")
-    axes.set_ylabel("accuracy on them (%)")
+    axes.set_xlabel("after learning task")
+    axes.set_ylabel("accuracy on tasks so far (%)")
     axes.legend(frameon=False)
     number = max(map(len, methods.values()))
     seeds = "" if number == 1 else f", mean and standard error of {number} seeds"
