@@ -3,12 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 
-from limpet import cli
+from limpet import EWC, cli
 
 FULL = os.environ.get("LIMPET_DATA")
 QUICK = ["run", "--epochs", "1", "--batch-size", "500", "--fisher-samples", "20"]
@@ -33,7 +34,8 @@ def test_run_prints_progress_and_tables_and_writes_the_report(tmp_path, capsys):
     assert "\x1b" not in out
     numbers = json.loads((folder / "results.json").read_text())
     assert list(numbers["methods"]) == ["finetune", "ewc"]
-    assert numbers["arguments"]["seed"] == numbers["stream"]["seed"] == numbers["training"]["seed"] == 3
+    assert numbers["arguments"]["seed"] == 3
+    assert numbers["seeds"] == [run["seed"] for run in numbers["methods"]["ewc"]["runs"]] == [3]
     assert numbers["training"]["consolidation_samples"] == 20
 
 
@@ -42,6 +44,31 @@ def test_run_with_synaptic_intelligence_forgets_less(tmp_path):
     assert cli.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())["methods"]
     assert results["si"]["forgetting"] < 0.5 * results["finetune"]["forgetting"]
+
+
+def test_run_with_several_seeds_shows_means(tmp_path, capsys):
+    arguments = ["--iterations", "2", "--fisher-labels", "expected", "--seed", "4", "--seeds", "2", "--shuffle-classes"]
+    assert cli.main([*QUICK, *arguments, "--report", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"finetune, seed 5: task \d/5 \(\d/\d\), epoch 1/1, loss ", out)) == 5
+    assert "task 5" in out
+    assert "mean of 2 seeds" in out
+    assert " ± " in out
+    numbers = json.loads((tmp_path / "results.json").read_text())
+    assert numbers["seeds"] == [4, 5]
+    first, second = (run["tasks"] for run in numbers["methods"]["ewc"]["runs"])
+    assert sorted("/".join(first).split("/")) == sorted("/".join(second).split("/")) == list("0123456789")
+    assert first != second
+    assert [task["name"] for task in numbers["stream"]["tasks"]] == [f"task {k}" for k in range(1, 6)]
+    assert numbers["training"]["iterations"] == 2
+    assert "Each task: 2 steps" in (tmp_path / "report.md").read_text()
+
+
+def test_fisher_labels_reach_the_measurement(monkeypatch):
+    asked = []
+    monkeypatch.setattr(EWC, "consolidate", lambda self, batches, *, labels: asked.append(labels))
+    assert cli.main([*QUICK, "--iterations", "1", "--methods", "ewc", "--fisher-labels", "sampled"]) == 0
+    assert asked == ["sampled"] * 5
 
 
 def test_run_shows_a_bar_on_a_terminal(capsys, monkeypatch):
@@ -73,6 +100,8 @@ def test_defaults_are_the_demo():
         (["--dataset", "mnist", "--data", "nowhere"], "no train-images-idx3-ubyte"),
         (["--device", "warp"], "--device must name a device that answers, got 'warp'"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--iterations", "0"], "iterations must be at least 1, got 0"),
+        (["--seeds", "0"], "seeds must be at least 1, got 0"),
         (["--lr", "0"], "learning_rate must be above 0"),
         (["--strength", "-1"], "strength must be finite and at least 0"),
         (["--methods", "si", "--si-strength", "-1"], "si_strength must be finite and at least 0"),

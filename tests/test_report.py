@@ -26,7 +26,7 @@ def finished(setting="task"):
         matrix.record([0.9, unseen])
         matrix.record([kept, 1.0])
         curve = [(0.5, [0.7, unseen]), (1.0, [0.9, unseen]), (1.5, [0.6, 0.8]), (2.0, [kept, 1.0])]
-        results.append(MethodResult(name, matrix, curve, 1.5, 0.25, 0.125, 3_000_000, 42))
+        results.append(MethodResult(name, matrix, curve, 1.5, 0.25, 0.125, 3_000_000, 42, seed=7))
     return stream, Training(seed=7), results
 
 
@@ -34,12 +34,13 @@ def test_numbers_and_pictures_are_there(tmp_path):
     folder = tmp_path / "deep" / "report"
     write_report(folder, *finished(), arguments={"epochs": 3})
     pictures = [f"accuracy-{kind}-{name}.png" for kind in ("curves", "matrix") for name in ("ewc", "finetune")]
+    pictures.append("average-accuracy.png")
     assert sorted(path.name for path in folder.iterdir()) == [*pictures, "report.md", "results.json"]
     assert [path.name for path in folder.parent.iterdir()] == ["report"]  # no temporary folder is left
 
     numbers = json.loads((folder / "results.json").read_text())
     assert numbers["arguments"] == {"epochs": 3}
-    assert numbers["training"]["seed"] == 7
+    assert numbers["seeds"] == [7]
     assert numbers["environment"]["versions"]["torch"] == torch.__version__
     ewc = numbers["methods"]["ewc"]
     assert ewc["accuracy_matrix"] == [[0.9, 0.5], [0.875, 1.0]]
@@ -48,7 +49,11 @@ def test_numbers_and_pictures_are_there(tmp_path):
     assert ewc["fwt"] == pytest.approx(0.25)
     assert ewc["forgetting"] == pytest.approx(0.025)
     assert ewc["peak_memory_bytes"] == 3_000_000
-    assert ewc["curve"][-1] == {"tasks_trained": 2.0, "accuracies": [0.875, 1.0]}
+    assert ewc["standard_errors"] == dict.fromkeys(["average_accuracy", "bwt", "fwt", "forgetting"])
+    (run,) = ewc["runs"]
+    assert run["seed"] == 7
+    assert run["average_accuracy"] == 0.9375
+    assert run["curve"][-1] == {"tasks_trained": 2.0, "accuracies": [0.875, 1.0]}
 
     text = (folder / "report.md").read_text()
     assert "| ewc | 0.9375 | -0.0250 | +0.2500 | 0.0250 | 1.5 | 0.2 | 3.0 |" in text
@@ -66,14 +71,37 @@ def test_what_was_not_evaluated_is_null_and_a_dash(tmp_path):
     write_report(tmp_path, stream, training, results)
     method = json.loads((tmp_path / "results.json").read_text())["methods"]["finetune"]
     assert method["accuracy_matrix"] == [[0.9, None], [0.5, 1.0]]
-    assert method["fwt"] is method["baseline"] is method["peak_memory_bytes"] is None
+    assert method["fwt"] is method["runs"][0]["baseline"] is method["peak_memory_bytes"] is None
     text = (tmp_path / "report.md").read_text()
     assert "| 0/1 | 0.9000 | – |" in text
     assert "class-incremental: one head over all classes" in text
 
 
+def test_several_seeds_give_means_and_standard_errors(tmp_path):
+    stream, training, results = finished()
+    again = finished()[2]
+    for result, kept in zip(again, (0.7, 0.725), strict=True):
+        result.seed, result.training_seconds, result.peak_memory_bytes = 8, 2.5, 4_000_000
+        result.matrix = AccuracyMatrix(2, baseline=[0.5, 0.25])
+        result.matrix.record([0.8, 0.5])
+        result.matrix.record([kept, 1.0])
+    write_report(tmp_path, stream, training, [*results, *again])
+    numbers = json.loads((tmp_path / "results.json").read_text())
+    assert numbers["seeds"] == [7, 8]
+    ewc = numbers["methods"]["ewc"]
+    assert [run["seed"] for run in ewc["runs"]] == [7, 8]
+    assert ewc["average_accuracy"] == pytest.approx((0.9375 + 0.8625) / 2)
+    assert ewc["standard_errors"]["average_accuracy"] == pytest.approx(0.0375)  # half the difference of two
+    assert ewc["forgetting"] == pytest.approx((0.025 + 0.075) / 2)
+    assert ewc["accuracy_matrix"][1] == [pytest.approx(0.8), 1.0]
+    assert (ewc["training_seconds"], ewc["peak_memory_bytes"]) == (2.0, 4_000_000)
+    text = (tmp_path / "report.md").read_text()
+    assert "seed 7, 8" in text
+    assert "| ewc | 0.9000 ± 0.0375 | -0.0500 ± 0.0250 |" in text
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("at", ["accuracy_matrix", "accuracy_curves"])
+@pytest.mark.parametrize("at", ["average_accuracy", "accuracy_matrix", "accuracy_curves"])
 def test_an_interrupted_report_leaves_the_old_one(tmp_path, monkeypatch, at, error):
     folder = tmp_path / "report"
     write_report(folder, *finished())

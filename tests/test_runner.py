@@ -75,6 +75,24 @@ def test_methods_see_the_same_start_and_data_and_runs_repeat(small):
     assert not torch.equal(other[0].matrix.values, results[0].matrix.values)
 
 
+def test_iterations_are_steps_through_as_many_epochs_as_they_take(small):
+    stream = streams.split(small, batch_size=250)  # two batches an epoch
+    method, seen = Recorder(), []
+    training = runner.Training(epochs=50, iterations=5, evaluations_per_task=5)
+    (result,) = runner.run(stream, {"recorder": lambda model: method}, training, progress=seen.append)
+    assert method.calls.count("after_step") == 25
+    assert [(p.task.index, p.epoch, p.num_epochs) for p in seen if p.epoch_ended] == [
+        (task, epoch, 3) for task in range(5) for epoch in (1, 2, 3)
+    ]
+    assert seen[-1].fraction == 1.0
+    assert [at for at, _ in result.curve] == pytest.approx([k / 5 for k in range(1, 26)])
+    two_epochs, four_steps = (
+        runner.run(stream, {"m": lambda model: None}, runner.Training(**length))[0]
+        for length in ({"epochs": 2}, {"iterations": 4})
+    )
+    assert torch.equal(two_epochs.matrix.values, four_steps.matrix.values)
+
+
 def test_a_penalty_is_added_to_the_loss(small):
     class Pull:
         def __init__(self, model):
@@ -157,7 +175,13 @@ def test_report(small, tmp_path):
     results = runner.run(stream, {"finetune": lambda model: None}, training)
     folder = tmp_path / "deep" / "report"
     report.write_report(folder, stream, training, results, {"seed": 0})
-    names = {"report.md", "results.json", "accuracy-matrix-finetune.png", "accuracy-curves-finetune.png"}
+    names = {
+        "report.md",
+        "results.json",
+        "average-accuracy.png",
+        "accuracy-matrix-finetune.png",
+        "accuracy-curves-finetune.png",
+    }
     assert {path.name for path in folder.iterdir()} == names
     assert (folder / "accuracy-matrix-finetune.png").read_bytes().startswith(b"\x89PNG")
     numbers = json.loads((folder / "results.json").read_text())

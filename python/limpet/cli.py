@@ -11,7 +11,9 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -19,10 +21,12 @@ if TYPE_CHECKING:
     from rich.table import Table
     from torch import nn
 
+    from limpet import EWC
     from limpet.scenarios.runner import MethodResult, Progress
     from limpet.scenarios.streams import Stream
 
 METHODS = ("finetune", "ewc", "si")
+FISHER_LABELS = ("data", "sampled", "expected", "batched")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -66,15 +70,21 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--setting", default="task", choices=["task", "domain", "class"], help="what is known at test time"
     )
+    run.add_argument("--shuffle-classes", action="store_true", help="draw which classes make a task, for each seed")
     run.add_argument("--methods", default="finetune,ewc", type=_methods, help=f"any of {', '.join(METHODS)}")
     run.add_argument("--strength", type=float, default=1e6, help="of the EWC penalty")
     run.add_argument("--si-strength", type=float, default=100.0, help="of Synaptic Intelligence's penalty")
     run.add_argument("--epochs", type=int, default=10, help="passes over each task")
+    run.add_argument("--iterations", type=int, metavar="N", help="steps of each task, instead of epochs")
     run.add_argument("--batch-size", type=int, default=128, help="images a batch")
     run.add_argument("--lr", type=float, default=1e-3, help="learning rate of Adam")
     run.add_argument("--seed", type=int, default=0, help="of first parameters and data order")
+    run.add_argument("--seeds", type=int, default=1, metavar="N", help="run N seeds, the first of them --seed")
     run.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1 ...")
     run.add_argument("--fisher-samples", type=int, metavar="N", help="images of each task that EWC looks at, not all")
+    run.add_argument(
+        "--fisher-labels", default="data", choices=FISHER_LABELS, help="whose labels EWC's Fisher information is of"
+    )
     run.add_argument("--report", metavar="DIR", help="write report.md, results.json and pictures into this folder")
 
     info = commands.add_parser("info", help="versions, instruction set, threads, devices")
@@ -101,15 +111,24 @@ def _run(options: argparse.Namespace) -> None:
             raise NotADirectoryError(f"--report must name a folder, got the file {options.report!r}")
     from rich.console import Console
 
-    from limpet.scenarios import datasets, report, runner, streams
+    from limpet import _checks
+    from limpet.scenarios import datasets, report, runner, seeds, streams
 
     device = _device(options.device)
     dataset = datasets.load(options.dataset, options.data)
-    stream = streams.split(
-        dataset, setting=options.setting, batch_size=options.batch_size, seed=options.seed, device=device
+    split = partial(
+        streams.split,
+        dataset,
+        setting=options.setting,
+        batch_size=options.batch_size,
+        shuffle_classes=options.shuffle_classes,
+        device=device,
     )
+    stream = split(seed=options.seed)
+    numbers = range(options.seed, options.seed + _checks.integer("seeds", options.seeds, minimum=1))
     training = runner.Training(
         epochs=options.epochs,
+        iterations=options.iterations,
         learning_rate=options.lr,
         seed=options.seed,
         consolidation_samples=options.fisher_samples,
@@ -117,9 +136,10 @@ def _run(options: argparse.Namespace) -> None:
     methods = {name: _factory(name, options) for name in options.methods}
     console = Console(highlight=False)
     with _showing_progress(console) as show:
-        results = runner.run(stream, methods, training, progress=show)
-    for result in results:
-        console.print(_matrix_table(stream, result))
+        results = seeds.run(lambda seed: split(seed=seed), methods, training, numbers, progress=show)
+    stream = seeds.named(stream, results)
+    for runs in seeds.by_method(results).values():
+        console.print(_matrix_table(stream, seeds.mean(runs)))
     console.print(_summary_table(stream, results))
     if options.report is not None:
         arguments = {key: value for key, value in vars(options).items() if key != "command"}
@@ -136,9 +156,14 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
     # Before another method has been trained.
     if name == "ewc":
         _checks.finite_number("strength", options.strength, minimum=0.0)
-        return lambda model: EWC(model, options.strength)
+        return lambda model: _ewc(EWC(model, options.strength), options.fisher_labels)
     _checks.finite_number("si_strength", options.si_strength, minimum=0.0)
     return lambda model: SynapticIntelligence(model, strength=options.si_strength)
+
+
+def _ewc(ewc: EWC, labels: str) -> Any:
+    """EWC's moments, its Fisher information with these labels."""
+    return SimpleNamespace(add_penalty_grad_=ewc.add_penalty_grad_, end_task=partial(ewc.consolidate, labels=labels))
 
 
 def _device(name: str) -> str:
@@ -200,8 +225,10 @@ def _matrix_table(stream: Stream, result: MethodResult) -> Table:
 
 
 def _summary_table(stream: Stream, results: Sequence[MethodResult]) -> Table:
-    """One row of numbers for each method."""
+    """One row of numbers for each method, means over its seeds."""
     from rich.table import Table
+
+    from limpet.scenarios import seeds
 
     table = Table(title=f"summary: {stream.name}, {stream.setting}-incremental")
     table.add_column("method")
@@ -214,13 +241,18 @@ def _summary_table(stream: Stream, results: Sequence[MethodResult]) -> Table:
         "peak\nMB",
     ):
         table.add_column(heading, justify="right")
-    for result in results:
+    for name, runs in seeds.by_method(results).items():
+        result, metrics = seeds.mean(runs), [seeds.metrics(run) for run in runs]
+        accuracy, bwt, forgetting = (
+            seeds.mean_and_error([run[metric] for run in metrics])
+            for metric in ("average_accuracy", "bwt", "forgetting")
+        )
         memory = result.peak_memory_bytes
         table.add_row(
-            result.method,
-            f"{result.matrix.average_accuracy():.4f}",
-            f"{result.matrix.bwt():+.4f}",
-            f"{result.matrix.forgetting():.4f}",
+            name,
+            f"{accuracy[0]:.4f}" if len(runs) == 1 else f"{accuracy[0]:.4f} ± {accuracy[1]:.4f}",
+            f"{bwt[0]:+.4f}",
+            f"{forgetting[0]:.4f}",
             f"{result.training_seconds:.1f}",
             f"{result.consolidation_seconds:.1f}",
             "" if memory is None else f"{memory / 1e6:.0f}",

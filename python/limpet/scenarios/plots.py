@@ -1,16 +1,20 @@
-"""Pictures of a run: the accuracy matrix as a heat map, and each task's accuracy as training goes on."""
+"""Pictures of a run: all methods' average accuracy, a method's matrix as a heat map, its accuracies over time."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from limpet.scenarios.runner import MethodResult
+from limpet.scenarios.seeds import mean_and_error
 from limpet.scenarios.streams import Stream
 
 _INK = "#333333"
+_COLORS = ("#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by the colour-blind, too
 
 
 def accuracy_matrix(path: Path, stream: Stream, result: MethodResult) -> None:
@@ -74,6 +78,34 @@ def accuracy_curves(path: Path, stream: Stream, result: MethodResult) -> None:
     panels[-1].set_xticks([i + 0.5 for i in range(size)], [task.name for task in stream.tasks])
     panels[-1].set_xlabel("training on task")
     panels[0].set_title(_title(stream, result, "accuracy on each task (%), shaded while it is learned"), loc="left")
+    figure.savefig(path, format="png")
+
+
+def average_accuracy(path: Path, stream: Stream, methods: Mapping[str, Sequence[MethodResult]]) -> None:
+    """Draw each method's mean accuracy on the tasks learned so far, over their number, into a PNG file.
+
+    Over several seeds: the mean, with a band of one standard error to either side.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure, axes = new_figure(6.4, 3.6)
+    learned = range(1, len(stream.tasks) + 1)
+    for (name, runs), color in zip(methods.items(), itertools.cycle(_COLORS)):
+        so_far = [[float(run.matrix.values[k - 1, :k].mean()) * 100 for run in runs] for k in learned]
+        means, errors = np.array([mean_and_error(values) for values in so_far]).T
+        axes.plot(learned, means, color=color, linewidth=1.8, marker="o", markersize=4, label=name)
+        if len(runs) > 1:
+            axes.fill_between(learned, means - errors, means + errors, color=color, alpha=0.25, linewidth=0)
+    axes.set_xticks(learned, [task.name for task in stream.tasks])
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#eeeeee")
+    axes.set_xlabel("after learning task")
+    axes.set_ylabel("accuracy on tasks so far (%)")
+    axes.legend(frameon=False)
+    number = max(map(len, methods.values()))
+    seeds = "" if number == 1 else f", mean and standard error of {number} seeds"
+    axes.set_title(f"average accuracy{seeds}\n{stream.name}, {stream.setting}-incremental", loc="left")
     figure.savefig(path, format="png")
 
 

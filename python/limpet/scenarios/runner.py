@@ -7,6 +7,7 @@ A method is any object with some of the moments below, or None for plain fine-tu
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from limpet.scenarios.memory import PeakMemory
 from limpet.scenarios.models import MultiHeadMLP
 from limpet.scenarios.streams import Stream, Task
 
+SECONDS = ("training_seconds", "consolidation_seconds", "evaluation_seconds")  # of a MethodResult
 _REPORTS_PER_EPOCH = 10
 
 
@@ -37,6 +39,7 @@ class Training:
     """
 
     epochs: int = 4  # passes over each task
+    iterations: int | None = None  # steps of each task, through as many epochs as they take; None for whole epochs
     learning_rate: float = 1e-3
     seed: int = 0  # of the network's first parameters, and of all else that is drawn from torch's generator
     evaluations_per_task: int = 8  # points of the accuracy curves, the last one when the task has ended
@@ -44,12 +47,18 @@ class Training:
 
     def __post_init__(self) -> None:
         _checks.integer("epochs", self.epochs, minimum=1)
+        if self.iterations is not None:
+            _checks.integer("iterations", self.iterations, minimum=1)
         if _checks.finite_number("learning_rate", self.learning_rate) <= 0:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate!r}")
         _checks.integer("seed", self.seed, minimum=0)
         _checks.integer("evaluations_per_task", self.evaluations_per_task, minimum=1)
         if self.consolidation_samples is not None:
             _checks.integer("consolidation_samples", self.consolidation_samples, minimum=1)
+
+    def steps(self, task: Task) -> int:
+        """How many steps of the optimizer a task is trained for."""
+        return self.iterations or self.epochs * len(task.train_batches)
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ class MethodResult:
     evaluation_seconds: float = 0.0
     peak_memory_bytes: int | None = None  # growth from before the network was made; see PeakMemory
     num_parameters: int = 0
+    seed: int = 0
+    tasks: tuple[str, ...] = ()  # their names, in the order of learning
 
 
 def run(
@@ -111,7 +122,7 @@ def run(
     if not methods:
         raise ValueError("methods must name at least one method, got none")
     training = training or Training()
-    clock = _Clock(len(methods) * training.epochs * sum(len(task.train_batches) for task in stream.tasks), progress)
+    clock = _Clock(len(methods) * sum(map(training.steps, stream.tasks)), progress)
     devices = [stream.device] if stream.device.type == "cuda" else []
     results = []
     with torch.random.fork_rng(devices):
@@ -160,7 +171,9 @@ class _Learner:
         # Nothing is learned yet: the accuracies are the baseline of forward transfer, where every task can be asked.
         baseline = evaluate(model, stream, learned=-1) if stream.setting != "class" else None
         matrix = AccuracyMatrix(len(stream.tasks), baseline=baseline)
-        self.result = MethodResult(name, matrix, num_parameters=sum(p.numel() for p in model.parameters()))
+        num_parameters = sum(p.numel() for p in model.parameters())
+        tasks = tuple(task.name for task in stream.tasks)
+        self.result = MethodResult(name, matrix, num_parameters=num_parameters, seed=training.seed, tasks=tasks)
 
     def learn(self) -> MethodResult:
         """Learn every task, end it, and record the accuracies."""
@@ -176,20 +189,20 @@ class _Learner:
         return self.result
 
     def _train(self, task: Task) -> None:
-        """All epochs of one task, with evaluations on the way."""
+        """All steps of one task, with evaluations on the way."""
         per_epoch = len(task.train_batches)
-        num_steps, marks = self._training.epochs * per_epoch, self._training.evaluations_per_task
+        num_steps, marks = self._training.steps(task), self._training.evaluations_per_task
         evaluate_after = {num_steps * mark // marks for mark in range(1, marks)} - {0}
         report_after = {per_epoch * mark // _REPORTS_PER_EPOCH for mark in range(1, _REPORTS_PER_EPOCH + 1)} - {0}
         done = 0
-        for epoch in range(self._training.epochs):
-            batches, losses = enumerate(task.batches(epoch), 1), list[Tensor]()
+        for epoch in range(-(-num_steps // per_epoch)):
+            batches, losses = enumerate(itertools.islice(task.batches(epoch), num_steps - done), 1), list[Tensor]()
             with self._timed("training_seconds"):
                 for step, (x, y) in batches:
                     losses.append(self._step(x, y))
                     done += 1
-                    if step in report_after:
-                        self._report(task, epoch, step == per_epoch, losses)
+                    if step in report_after or done == num_steps:
+                        self._report(task, epoch, step == per_epoch or done == num_steps, losses)
                         losses.clear()
                     if done in evaluate_after:
                         self._evaluate(task, done / num_steps)
@@ -225,7 +238,7 @@ class _Learner:
             task=task,
             num_tasks=len(self._stream.tasks),
             epoch=epoch + 1,
-            num_epochs=self._training.epochs,
+            num_epochs=-(-self._training.steps(task) // len(task.train_batches)),
             epoch_ended=epoch_ended,
             loss=loss,
         )

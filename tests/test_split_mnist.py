@@ -1,0 +1,27 @@
+"""Split MNIST with the published protocol, task-incremental, on the real images: docs/split-mnist.md has all seeds."""
+
+import json
+import os
+
+import pytest
+
+from limpet import cli
+
+FULL = os.environ.get("LIMPET_DATA")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(FULL is None, reason="LIMPET_DATA does not name a folder with the full data sets")
+def test_ewc_and_si_keep_what_fine_tuning_forgets(tmp_path):
+    """One seed and half of the published steps."""
+    arguments = ["--dataset", "mnist", "--data", FULL, "--shuffle-classes", "--methods", "finetune,ewc,si"]
+    protocol = ["--iterations", "1000", "--fisher-labels", "expected", "--strength", "1e5", "--si-strength", "10"]
+    assert cli.main(["run", *arguments, *protocol, "--report", str(tmp_path)]) == 0
+    methods = json.loads((tmp_path / "results.json").read_text())["methods"]
+    accuracy = {name: method["average_accuracy"] for name, method in methods.items()}
+    assert accuracy["ewc"] >= 0.985
+    assert accuracy["si"] >= 0.985
+    assert accuracy["finetune"] < 0.97
+    assert methods["ewc"]["bwt"] > -0.01 > methods["finetune"]["bwt"]
+    assert methods["si"]["bwt"] > -0.015
