@@ -16,7 +16,7 @@ using math::kBits63;
 
 constexpr std::int64_t kItems = 16384;          // of a chunk that one thread decides on
 constexpr std::int64_t kStride = 1024;          // items that share their bounds
-constexpr std::int64_t kSerialBytes = 1 << 18;  // copied by one thread: less than this is not worth waking another
+constexpr std::int64_t kSerialBytes = 1 << 20;  // copied by one thread: less than this is not worth waking another
 
 struct Accepted {
   std::int64_t slot, item;
@@ -178,7 +178,7 @@ void sample_without_replacement(std::int64_t population, std::int64_t count, std
 void gather_rows(const RowField* fields, int num_fields, const std::int64_t* index, std::int64_t count, int threads) {
   std::int64_t bytes = 1;
   for (int f = 0; f < num_fields; ++f) bytes += fields[f].row_bytes;
-  const std::int64_t rows = 1 + kSerialBytes / 2 / bytes;
+  const std::int64_t rows = 1 + kSerialBytes / bytes;
   parallel_for(threads, (count + rows - 1) / rows, [&](std::int64_t run, int) {
     const std::int64_t begin = run * rows, end = begin + rows < count ? begin + rows : count;
     for (int f = 0; f < num_fields; ++f)

@@ -3,10 +3,11 @@
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
 ['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
- 'RWalk', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
+ 'RWalk', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
+from limpet.buffers import ReservoirBuffer
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
 from limpet.methods import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
@@ -21,6 +22,7 @@ __all__ = [
     "FisherAccumulator",
     "MemoryAwareSynapses",
     "RWalk",
+    "ReservoirBuffer",
     "SynapticIntelligence",
     "diagonal_fisher",
     "ops",

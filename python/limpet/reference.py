@@ -472,7 +472,8 @@ def reservoir_slots_(
     seed: int,
 ) -> None:
     """Algorithm R (Vitter 1985): item t goes to slot t while there are free ones, then to a uniform u in {0..t} if that
-    is a slot (u < capacity), else nowhere (-1). The draw depends on (seed, t) alone."""
+    is a slot (u < capacity), else nowhere (-1). The draw depends on (seed, t) alone.
+    """
     items = seen + torch.arange(slots.numel(), device=slots.device)
     pairs = items >> 1
     counter = torch.stack([pairs & _WORD, pairs >> 32, 0 * pairs, 0 * pairs + (_RESERVOIR << 16)], dim=1)

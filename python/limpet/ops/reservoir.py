@@ -89,6 +89,33 @@ _sample = torch.ops.limpet.sample_without_replacement_.default
 _gather = torch.ops.limpet.gather_rows_.default
 
 
+# --- without checks: buffers call these thousands of times a second, with tensors that they know ----------------------
+
+
+def insert_unchecked_(
+    stored: list[Tensor],  # [capacity, *] each
+    items: Tensor,  # int64 [capacity]
+    seen: Tensor,  # int64 []
+    batch: list[Tensor],  # [count, *] each
+    seed: int,
+) -> None:
+    """:func:`reservoir_insert_`, past the dispatcher where that is possible."""
+    (_insert_cpu if _plain(items) else _insert)(stored, items, seen, batch, seed)
+
+
+def gather_unchecked_(
+    rows: list[Tensor],  # [count, *] each
+    stored: list[Tensor],  # [rows, *] each
+    index: Tensor,  # int64 [count]
+) -> None:
+    """:func:`gather_rows`, past the dispatcher where that is possible."""
+    (_gather_cpu if _plain(index) else _gather)(rows, stored, index)
+
+
+def _plain(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+
+
 # --- public functions ------------------------------------------------------------------------------------------------
 
 
@@ -114,9 +141,9 @@ def reservoir_slots(
         ValueError: a number is out of range.
 
     >>> reservoir_slots(0, 8, 4, seed=1)
-    tensor([ 0,  1,  2,  3, -1,  3,  1, -1])
+    tensor([ 0,  1,  2,  3,  1,  0, -1, -1])
     >>> reservoir_slots(6, 2, 4, seed=1)
-    tensor([ 1, -1])
+    tensor([-1, -1])
     """
     seen = _checks.integer("seen", seen, minimum=0)
     count = _checks.integer("count", count, minimum=0)
@@ -154,10 +181,10 @@ def reservoir_insert_(
     >>> stored, items, seen = torch.zeros(2, 3), torch.full((2,), -1), torch.tensor(0)
     >>> reservoir_insert_([stored], items, seen, [torch.arange(12.0).view(4, 3)], seed=0)
     >>> seen, items
-    (tensor(4), tensor([0, 2]))
+    (tensor(4), tensor([0, 3]))
     >>> stored
-    tensor([[0., 1., 2.],
-            [6., 7., 8.]])
+    tensor([[ 0.,  1.,  2.],
+            [ 9., 10., 11.]])
     """
     fields, new = row_lists("stored", stored, "batch", batch)
     capacity = fields[0].shape[0]
@@ -186,7 +213,7 @@ def sample_without_replacement(
         ValueError: a number is out of range.
 
     >>> sample_without_replacement(1000, 4, seed=0, draw=0)
-    tensor([405, 886, 142, 771])
+    tensor([497, 886,  23, 856])
     """
     population = _checks.integer("population", population, minimum=1)
     count = _checks.integer("count", count, minimum=0)
@@ -270,7 +297,9 @@ def row_lists(name: str, stored: Any, other: str, batch: Any) -> tuple[list[Tens
         if new.dtype != rows.dtype:
             raise TypeError(f"{other}[{k}] must be {rows.dtype} as {name}[{k}] is, got {_checks.describe(new)}")
         if not rows.is_contiguous() or rows.dim() == 0 or rows.shape[0] != stored[0].shape[0] or rows.shape[0] == 0:
-            raise ValueError(f"{name}[{k}] must have rows without gaps, as many in all fields, got {_checks.describe(rows)}")
+            raise ValueError(
+                f"{name}[{k}] must have rows without gaps, as many in all fields, got {_checks.describe(rows)}"
+            )
         if new.dim() == 0 or new.shape[1:] != rows.shape[1:] or new.shape[0] != batch[0].shape[0]:
             raise ValueError(
                 f"{other}[{k}] must have rows of shape {list(rows.shape[1:])}, as many in all fields, "
