@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,9 @@ class ReservoirBuffer:
         index = self._drawn(count)
         return self._batch([field.new_empty((count, *field.shape[1:])) for field in self._fields], index, 0)
 
-    def sample_into(self, batch: Any, fraction: float = 0.2) -> Any:  # tensors [count, *] -> [count + replayed, *]
+    def sample_into(
+        self, batch: Any, fraction: float = 0.2, *, transform: Callable[[Any], Any] | None = None
+    ) -> Any:  # tensors [count, *] -> [count + replayed, *]
         """New items followed by as many sampled ones as make up ``fraction`` of the whole; fewer if there are fewer.
 
         The new ones are not added: call :meth:`add` for that, usually after the step.
@@ -117,10 +119,12 @@ class ReservoirBuffer:
         Args:
             batch: new items, of the structure that was added, on any device; the result is on the buffer's.
             fraction: the sampled items' share of the result, in [0, 1).
+            transform: what the batch of sampled ones goes through first: an augmentation, which keeps structure,
+                shapes and dtypes.
 
         Raises:
-            TypeError: as :meth:`add`; or ``fraction`` is no number.
-            ValueError: as :meth:`add`; or ``fraction`` is out of range.
+            TypeError: as :meth:`add`, for the batch and for what ``transform`` gives; or ``fraction`` is no number.
+            ValueError: as :meth:`add`, likewise; or ``fraction`` is out of range.
         """
         fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
         if fraction >= 1.0:
@@ -133,7 +137,12 @@ class ReservoirBuffer:
         rows = [field.new_empty((count + replayed, *field.shape[1:])) for field in self._fields]
         for out, tensor in zip(rows, new, strict=True):
             out[:count] = tensor
-        return self._batch(rows, self._drawn(replayed), count)
+        if transform is None or replayed == 0:
+            return self._batch(rows, self._drawn(replayed), count)
+        changed = self._like_first(transform(self.sample(replayed)))
+        for out, tensor in zip(rows, changed, strict=True):
+            out[count:] = tensor
+        return self._structured(rows)
 
     def __iter__(self) -> Iterator[Any]:
         """The items held, slot by slot, as rows of the structure that was added."""
