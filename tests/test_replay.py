@@ -9,33 +9,34 @@ from limpet import Replay, ReservoirBuffer
 
 
 def tasks():
-    """Four classes around corners of a square, two at a time: class-incremental."""
+    """Four classes around the corners of a rectangle, two at a time: class-incremental."""
     generator = torch.Generator().manual_seed(0)
-    corners = torch.tensor([[2.0, 2.0], [-2.0, -2.0], [2.0, -2.0], [-2.0, 2.0]])
+    corners = torch.tensor([[2.0, 1.0], [-2.0, 1.0], [2.0, -1.0], [-2.0, -1.0]])
     for classes in ([0, 1], [2, 3]):
         y = torch.tensor(classes).repeat(300)[torch.randperm(600, generator=generator)]
-        yield corners[y] + 0.5 * torch.randn(600, 2, generator=generator), y
+        yield corners[y] + 0.6 * torch.randn(600, 2, generator=generator), y
 
 
 def accuracy_on_the_first_task(replay):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for task in tasks():
-        for x, y in zip(*(t.split(20) for t in task), strict=True):
-            mixed = replay.mix(x, y) if replay else (x, y)
+    for x, y in tasks():
+        for some in torch.randperm(6000).remainder(600).split(20):
+            new = x[some], y[some]
+            mixed = replay.mix(*new) if replay else new
             optimizer.zero_grad()
             F.cross_entropy(model(mixed[0]), mixed[1]).backward()
             optimizer.step()
             if replay:
-                replay.observe(x, y)
+                replay.observe(*new)
     x, y = next(tasks())
     return float((model(x).argmax(1) == y).double().mean())
 
 
 def test_replay_remembers_what_fine_tuning_forgets():
     assert accuracy_on_the_first_task(None) < 0.1
-    assert accuracy_on_the_first_task(Replay(40, fraction=0.5)) > 0.95
+    assert accuracy_on_the_first_task(Replay(40, fraction=0.5)) > 0.8
 
 
 def test_replayed_rows_alone_are_augmented():
@@ -79,7 +80,7 @@ def test_refused_settings(arguments, error, words):
 def test_refused_transforms_and_states():
     replay = Replay(ReservoirBuffer(5), transform=lambda x, y: (x.double(), y))
     replay.observe(torch.zeros(5, 2), torch.zeros(5))
-    with pytest.raises(TypeError, match="torch.float32 in field 0"):
+    with pytest.raises(TypeError, match=r"torch\.float32 in field 0"):
         replay.mix(torch.zeros(5, 2), torch.zeros(5))
     with pytest.raises(ValueError, match="state must have the keys"):
         replay.load_state_dict({"buffer": replay.buffer.state_dict()})
