@@ -58,6 +58,7 @@ class ReservoirBuffer:
         self.seed = seed_of(seed)
         self._device = None if device is None else torch.device(device)
         self._draws = 0  # samples taken so far
+        self._count = 0  # items seen, as the host knows it: reading the device's number would wait for the device
         self._seen = torch.zeros((), dtype=torch.int64)
         self._structure: Structure | None = None
         self._fields: list[Tensor] = []  # [capacity, *] each
@@ -67,7 +68,7 @@ class ReservoirBuffer:
     @property
     def seen(self) -> int:
         """Items seen so far."""
-        return int(self._seen)
+        return self._count
 
     @property
     def device(self) -> torch.device | None:
@@ -95,6 +96,7 @@ class ReservoirBuffer:
         fields = self._like_first(batch)
         if fields[0].shape[0]:
             insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
+            self._count += fields[0].shape[0]
 
     def sample(self, count: int) -> Any:  # tensors [count, *]
         """Different items in random order, as a batch of the structure that was added.
@@ -217,7 +219,7 @@ class ReservoirBuffer:
         for field, new in zip(self._fields, rows, strict=True):
             field[:held] = new
         self._items[:held] = items
-        self._seen.fill_(first + second)
+        self._set_seen(first + second)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs: numbers, text, and tensors of what is held (copies)."""
@@ -248,7 +250,7 @@ class ReservoirBuffer:
             restored._allocate(read.fields, device)
             for field, rows in zip([restored._items, *restored._fields], [read.items, *read.fields], strict=True):
                 field[: rows.shape[0]] = rows
-            restored._seen.fill_(read.seen)
+            restored._set_seen(read.seen)
         restored._draws = read.draws
         self.__dict__.update(restored.__dict__)
 
@@ -314,6 +316,10 @@ class ReservoirBuffer:
             moved = moved or field.device != self._device
         return [field.to(self._device) for field in fields] if moved else fields
 
+    def _set_seen(self, count: int) -> None:
+        self._count = count
+        self._seen.fill_(count)
+
     def _structured(self, fields: list[Tensor]) -> Any:
         return self._structure.batch(fields) if self._structure is not None else None
 
@@ -341,10 +347,10 @@ class ReservoirBuffer:
 
     def _keep(self, index: Tensor, capacity: int) -> None:
         """Allocate anew, with the rows of ``index`` in front."""
-        old, items, seen = self._fields, self._items, self._seen
+        old, items = self._fields, self._items
         require_room([capacity * max(1, field[:1].nbytes) for field in old], items.device)
         new = [field.new_empty((capacity, *field.shape[1:])) for field in old]
         numbers = items.new_full((capacity,), -1)
         for field, rows in zip([numbers, *new], [items, *old], strict=True):
             field[: index.numel()] = rows[index]
-        self._fields, self._items, self._seen = new, numbers, seen
+        self._fields, self._items = new, numbers

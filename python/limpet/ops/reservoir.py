@@ -43,45 +43,71 @@ define(
 # --- launch ----------------------------------------------------------------------------------------------------------
 
 
+def _rows(stored: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
+    """Addresses of stored fields and of a batch's, and bytes of a row."""
+    return (
+        [t.data_ptr() for t in stored],
+        [t.data_ptr() for t in batch],
+        [t.nbytes // t.shape[0] for t in stored],
+    )
+
+
+def _where(tensor: Tensor) -> tuple[int, int]:
+    """Device and stream of a launch."""
+    return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
+
+
 def _slots_cpu(slots: Tensor, seen: int, capacity: int, seed: int) -> None:
     _core.reservoir_slots(seen, slots.numel(), capacity, seed, slots.data_ptr(), _launch.threads())
 
 
+def _slots_cuda(slots: Tensor, seen: int, capacity: int, seed: int) -> None:
+    _core.cuda_reservoir_slots(seen, slots.numel(), capacity, seed, slots.data_ptr(), *_where(slots))
+
+
 def _insert_cpu(stored: Sequence[Tensor], items: Tensor, seen: Tensor, batch: Sequence[Tensor], seed: int) -> None:
     rows = [t if t.is_contiguous() else t.contiguous() for t in batch]
-    _core.reservoir_insert(
-        [t.data_ptr() for t in stored],
-        [t.data_ptr() for t in rows],
-        [t.nbytes // t.shape[0] for t in stored],
-        items.data_ptr(),
-        seen.data_ptr(),
-        items.shape[0],
-        rows[0].shape[0],
-        seed,
-        _launch.threads(),
-    )
+    reservoir = items.data_ptr(), seen.data_ptr(), items.shape[0], rows[0].shape[0], seed
+    _core.reservoir_insert(*_rows(stored, rows), *reservoir, _launch.threads())
+
+
+def _insert_cuda(stored: Sequence[Tensor], items: Tensor, seen: Tensor, batch: Sequence[Tensor], seed: int) -> None:
+    rows = [t.contiguous() for t in batch]
+    reservoir = items.data_ptr(), seen.data_ptr(), items.shape[0], rows[0].shape[0], seed
+    workspace = _launch.workspace(_core.cuda_reservoir_workspace(rows[0].shape[0]), items.device)
+    _core.cuda_reservoir_insert(*_rows(stored, rows), *reservoir, workspace.data_ptr(), *_where(items))
 
 
 def _sample_cpu(sample: Tensor, population: int, seed: int, draw: int) -> None:
     _core.sample_without_replacement(population, sample.numel(), seed, draw, sample.data_ptr())
 
 
-def _gather_cpu(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
-    _core.gather_rows(
-        [t.data_ptr() for t in stored],
-        [t.data_ptr() for t in rows],
-        [t.nbytes // t.shape[0] for t in stored],
-        stored[0].shape[0],
-        index.data_ptr(),
-        index.shape[0],
-        _launch.threads(),
+def _sample_cuda(sample: Tensor, population: int, seed: int, draw: int) -> None:
+    workspace = torch.empty_like(sample)
+    _core.cuda_sample_without_replacement(
+        population, sample.numel(), seed, draw, sample.data_ptr(), workspace.data_ptr(), *_where(sample)
     )
+
+
+def _gather_cpu(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
+    places = stored[0].shape[0], index.data_ptr(), index.shape[0]
+    _core.gather_rows(*_rows(stored, rows), *places, _launch.threads())
+
+
+def _gather_cuda(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
+    places = stored[0].shape[0], index.data_ptr(), index.shape[0]
+    _core.cuda_gather_rows(*_rows(stored, rows), *places, *_where(index))
 
 
 LIBRARY.impl("reservoir_slots_", _slots_cpu, "CPU")
 LIBRARY.impl("reservoir_insert_", _insert_cpu, "CPU")
 LIBRARY.impl("sample_without_replacement_", _sample_cpu, "CPU")
 LIBRARY.impl("gather_rows_", _gather_cpu, "CPU")
+if _core.build_info()["cuda"] and torch.version.cuda is not None:  # on AMD the CUDA key is HIP
+    LIBRARY.impl("reservoir_slots_", _slots_cuda, "CUDA")
+    LIBRARY.impl("reservoir_insert_", _insert_cuda, "CUDA")
+    LIBRARY.impl("sample_without_replacement_", _sample_cuda, "CUDA")
+    LIBRARY.impl("gather_rows_", _gather_cuda, "CUDA")
 
 _slots = torch.ops.limpet.reservoir_slots_.default
 _insert = torch.ops.limpet.reservoir_insert_.default
