@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from limpet import _checks, _core, _launch, reference
-from limpet.ops._library import LIBRARY, define
+from limpet.ops._library import LIBRARY, define, serve_by_triton
 
 # --- schema, reference backend, fake ---------------------------------------------------------------------------------
 
@@ -108,6 +108,11 @@ if _core.build_info()["cuda"] and torch.version.cuda is not None:  # on AMD the 
     LIBRARY.impl("reservoir_insert_", _insert_cuda, "CUDA")
     LIBRARY.impl("sample_without_replacement_", _sample_cuda, "CUDA")
     LIBRARY.impl("gather_rows_", _gather_cuda, "CUDA")
+    _BY_TRITON = ["XPU"]
+else:
+    _BY_TRITON = ["CUDA", "XPU"]
+for _name in ("reservoir_slots_", "reservoir_insert_", "sample_without_replacement_", "gather_rows_"):
+    serve_by_triton(_name, "limpet.triton_kernels.reservoir", keys=_BY_TRITON)
 
 _slots = torch.ops.limpet.reservoir_slots_.default
 _insert = torch.ops.limpet.reservoir_insert_.default
