@@ -109,22 +109,24 @@ def reservoir_slots(_: torch.dtype) -> None:
 
 def reservoir_decide(_: torch.dtype) -> None:
     numbers = torch.empty(4096, dtype=torch.int64)
-    reservoir.decide_kernel[(4,)](numbers, numbers, numbers, 4096, 10_000, 2**62, BLOCK=reservoir.BLOCK)
+    reservoir.decide_kernel[(4,)](
+        numbers, numbers, numbers, 4096, 10_000, 2**62, BLOCK=reservoir.BLOCK, **_tiles.OPTIONS
+    )
 
 
 def reservoir_copy(_: torch.dtype) -> None:
     rows, numbers = torch.empty(100, 3136, dtype=torch.uint8), torch.empty(4096, dtype=torch.int64)
-    reservoir.copy_kernel[(4,)](rows, rows, numbers, numbers, numbers, 3136, BLOCK_BYTES=4096)
+    reservoir.copy_kernel[(4,)](rows, rows, numbers, numbers, numbers, 3136, BLOCK_BYTES=4096, **_tiles.OPTIONS)
 
 
 def sample_targets(_: torch.dtype) -> None:
     sample = torch.empty(4096, dtype=torch.int64)
-    reservoir.targets_kernel[(4,)](sample, 2**40, 4096, 2**62, 2**33, BLOCK=reservoir.BLOCK)
+    reservoir.targets_kernel[(4,)](sample, 2**40, 4096, 2**62, 2**33, BLOCK=reservoir.BLOCK, **_tiles.OPTIONS)
 
 
 def sample_follow(_: torch.dtype) -> None:
     sample = torch.empty(4096, dtype=torch.int64)
-    reservoir.follow_kernel[(32,)](sample, sample, 4096, BLOCK=128)
+    reservoir.follow_kernel[(32,)](sample, sample, 4096, BLOCK=128, **_tiles.OPTIONS)
 
 
 def gather(_: torch.dtype) -> None:

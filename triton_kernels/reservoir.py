@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from limpet.triton_kernels._tiles import OPTIONS
+
 BLOCK = 1024  # items of a program
 ROW_BYTES = 4096  # copied at a time
 
@@ -168,7 +170,7 @@ def reservoir_slots_(
     """Where each of the next items goes."""
     count = slots.numel()
     if count:
-        slots_kernel[(triton.cdiv(count, BLOCK),)](slots, seen, count, capacity, seed, BLOCK=BLOCK)
+        slots_kernel[(triton.cdiv(count, BLOCK),)](slots, seen, count, capacity, seed, BLOCK=BLOCK, **OPTIONS)
 
 
 def reservoir_insert_(
@@ -183,10 +185,10 @@ def reservoir_insert_(
     if count == 0:
         return
     slots = torch.empty(count, dtype=torch.int64, device=items.device)
-    decide_kernel[(triton.cdiv(count, BLOCK),)](slots, items, seen, count, items.numel(), seed, BLOCK=BLOCK)
+    decide_kernel[(triton.cdiv(count, BLOCK),)](slots, items, seen, count, items.numel(), seed, BLOCK=BLOCK, **OPTIONS)
     for rows, new in zip(map(_bytes, stored), map(_bytes, batch), strict=True):
         if rows.numel():
-            copy_kernel[(count,)](rows, new, slots, items, seen, rows.shape[1], BLOCK_BYTES=_at_once(rows))
+            copy_kernel[(count,)](rows, new, slots, items, seen, rows.shape[1], BLOCK_BYTES=_at_once(rows), **OPTIONS)
     seen += count
 
 
@@ -200,8 +202,8 @@ def sample_without_replacement_(
     count = sample.numel()
     if count:
         targets = torch.empty_like(sample)
-        targets_kernel[(triton.cdiv(count, BLOCK),)](targets, population, count, seed, draw, BLOCK=BLOCK)
-        follow_kernel[(triton.cdiv(count, 128),)](sample, targets, count, BLOCK=128)
+        targets_kernel[(triton.cdiv(count, BLOCK),)](targets, population, count, seed, draw, BLOCK=BLOCK, **OPTIONS)
+        follow_kernel[(triton.cdiv(count, 128),)](sample, targets, count, BLOCK=128, **OPTIONS)
 
 
 def gather_rows_(
@@ -212,7 +214,7 @@ def gather_rows_(
     """Rows of every field by their places."""
     for out, field in zip(map(_bytes, rows), map(_bytes, stored), strict=True):
         if out.numel():
-            gather_kernel[(index.numel(),)](out, field, index, out.shape[1], BLOCK_BYTES=_at_once(out))
+            gather_kernel[(index.numel(),)](out, field, index, out.shape[1], BLOCK_BYTES=_at_once(out), **OPTIONS)
 
 
 def _bytes(rows: Tensor) -> Tensor:  # [n, *] -> [n, row_bytes] uint8, the same memory if there are no gaps
