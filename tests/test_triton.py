@@ -46,7 +46,15 @@ else:
     from triton.runtime.autotuner import Autotuner
 
     from limpet import reference
-    from limpet.triton_kernels import _tuning, fisher, fisher_channel, fisher_conv, fisher_embedding, path_integral
+    from limpet.triton_kernels import (
+        _tuning,
+        fisher,
+        fisher_channel,
+        fisher_conv,
+        fisher_embedding,
+        path_integral,
+        reservoir,
+    )
     from test_path_integral import check as check_path_integral
     from test_path_integral import step_inputs, without_penalty
     from tolerances import assert_close
@@ -221,3 +229,38 @@ else:
             step["grads"] = [torch.stack([g, g], dim=-1)[..., 0] for g in step["grads"]]
             step["integrals"] = [torch.stack([t, t], dim=-1)[..., 0] for t in step["integrals"]]
         check_path_integral(step if penalty else without_penalty(step), update=path_integral.path_integral_update_)
+
+    @pytest.mark.parametrize("seen", [0, 1, 777, 2**40 + 1, 2**62 + 2**61])
+    @pytest.mark.parametrize("capacity", [1, 300, 2**61])
+    def test_reservoir_slots(seen: int, capacity: int) -> None:
+        got, want = torch.empty(1300, dtype=torch.int64), torch.empty(1300, dtype=torch.int64)
+        reservoir.reservoir_slots_(got, seen, capacity, 2**62 + 3)
+        reference.reservoir_slots_(want, seen, capacity, 2**62 + 3)
+        assert torch.equal(got, want)
+
+    @pytest.mark.parametrize("row", [(), (3,), (2, 5000)])
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.bfloat16, torch.float32])
+    def test_reservoir_insert(row: tuple[int, ...], dtype: torch.dtype) -> None:
+        kept = []
+        batches = [torch.randint(100, (count, *row)).to(dtype) for count in (7, 1, 0, 30)]
+        for backend in (reservoir, reference):
+            stored = [torch.zeros(12, *row, dtype=dtype), torch.zeros(12, 0)]
+            items, seen = torch.full((12,), -1), torch.tensor(0)
+            for batch in batches:
+                backend.reservoir_insert_(stored, items, seen, [batch, torch.zeros(batch.shape[0], 0)], 9)
+            kept.append((stored[0], items, seen))
+        assert all(map(torch.equal, *kept))
+
+    @pytest.mark.parametrize(("population", "count"), [(1, 1), (9, 9), (40, 30), (10**12, 200), (2**63 - 1, 3)])
+    def test_sample_without_replacement(population: int, count: int) -> None:
+        got, want = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+        reservoir.sample_without_replacement_(got, population, 5, 2**33 + 1)
+        reference.sample_without_replacement_(want, population, 5, 2**33 + 1)
+        assert torch.equal(got, want)
+
+    def test_gather_rows() -> None:
+        stored = [torch.randn(20, 3, 7), torch.arange(20, dtype=torch.int16), torch.zeros(20, 0)]
+        index = torch.tensor([3, 19, 0, 3])
+        rows = [field.new_empty((4, *field.shape[1:])) for field in stored]
+        reservoir.gather_rows_(rows, stored, index)
+        assert all(torch.equal(out, field[index]) for out, field in zip(rows, stored, strict=True))

@@ -24,7 +24,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from limpet.triton_kernels import _tiles, fisher, fisher_channel, fisher_conv, fisher_embedding, path_integral
+from limpet.triton_kernels import (
+    _tiles,
+    fisher,
+    fisher_channel,
+    fisher_conv,
+    fisher_embedding,
+    path_integral,
+    reservoir,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,7 +40,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64"}
+POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 
 
 def linear(dtype: torch.dtype) -> None:
@@ -89,8 +103,40 @@ def path_without_penalty(dtype: torch.dtype) -> None:
     path_integral.path_integral_update_([torch.empty(1001)], theta, theta, theta, narrow, narrow, 1.0)
 
 
+def reservoir_slots(_: torch.dtype) -> None:
+    reservoir.reservoir_slots_(torch.empty(4096, dtype=torch.int64), 2**40, 10_000, 2**62)
+
+
+def reservoir_decide(_: torch.dtype) -> None:
+    numbers = torch.empty(4096, dtype=torch.int64)
+    reservoir.decide_kernel[(4,)](
+        numbers, numbers, numbers, 4096, 10_000, 2**62, BLOCK=reservoir.BLOCK, **_tiles.OPTIONS
+    )
+
+
+def reservoir_copy(_: torch.dtype) -> None:
+    rows, numbers = torch.empty(100, 3136, dtype=torch.uint8), torch.empty(4096, dtype=torch.int64)
+    reservoir.copy_kernel[(4,)](rows, rows, numbers, numbers, numbers, 3136, BLOCK_BYTES=4096, **_tiles.OPTIONS)
+
+
+def sample_targets(_: torch.dtype) -> None:
+    sample = torch.empty(4096, dtype=torch.int64)
+    reservoir.targets_kernel[(4,)](sample, 2**40, 4096, 2**62, 2**33, BLOCK=reservoir.BLOCK, **_tiles.OPTIONS)
+
+
+def sample_follow(_: torch.dtype) -> None:
+    sample = torch.empty(4096, dtype=torch.int64)
+    reservoir.follow_kernel[(32,)](sample, sample, 4096, BLOCK=128, **_tiles.OPTIONS)
+
+
+def gather(_: torch.dtype) -> None:
+    index = torch.empty(4096, dtype=torch.int64)
+    reservoir.gather_rows_([torch.empty(4096, 784)], [torch.empty(10_000, 784)], index)
+
+
 LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, scale_centred, embedding)
 LAUNCHES += (path, path_without_penalty)
+RESERVOIR = (reservoir_slots, reservoir_decide, reservoir_copy, sample_targets, sample_follow, gather)
 
 
 def arithmetic(gpu: GPUTarget, dtype: torch.dtype) -> _tiles.Arithmetic:
@@ -120,8 +166,8 @@ def compiled(
             elif isinstance(value, (bool, str)) or name.startswith("BLOCK") or value == 1:
                 signature[name], constants[(index,)] = "constexpr", value
             else:
-                signature[name] = "i32"
-            if isinstance(value, Tensor) or (signature[name] == "i32" and value % 16 == 0):
+                signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if isinstance(value, Tensor) or (signature[name] in ("i32", "i64") and value % 16 == 0):
                 attrs[(index,)] = [["tt.divisibility", 16]]
         source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attrs)
         kernels.append(triton.compile(source, target=request.param, options=options))
@@ -163,6 +209,11 @@ CASES = [
     for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv))
     for dtype in (torch.float32, torch.bfloat16)
     for choice in choices(gpu, launcher, dtype)
+]
+CASES += [  # of bytes and integers
+    pytest.param(TARGETS[name], launcher, torch.float32, 0, id=f"{name}-{launcher.__name__}")
+    for name in ("sm_90", "gfx942")
+    for launcher in RESERVOIR
 ]
 
 

@@ -15,6 +15,7 @@ namespace limpet::cpu {
   void fill_fisher_rows(Kernels&);   \
   void fill_path_integral(Kernels&); \
   void fill_optim(Kernels&);         \
+  void fill_reservoir(Kernels&);     \
   static Kernels table() {           \
     Kernels kernels{};               \
     fill_quadratic(kernels);         \
@@ -23,6 +24,7 @@ namespace limpet::cpu {
     fill_fisher_rows(kernels);       \
     fill_path_integral(kernels);     \
     fill_optim(kernels);             \
+    fill_reservoir(kernels);         \
     return kernels;                  \
   }                                  \
   }

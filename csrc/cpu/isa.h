@@ -9,6 +9,7 @@
 #include "optim_tensor.h"
 #include "path_integral_tensor.h"
 #include "quadratic_tensor.h"
+#include "reservoir_rows.h"
 
 namespace limpet::cpu {
 
@@ -73,6 +74,16 @@ struct Kernels {
   // One step; every *step is raised first.
   void (*adamw_step)(const OptimTensor* tensors, std::int64_t count, const AdamWOptions& options, int threads);
   void (*sgd_step)(const OptimTensor* tensors, std::int64_t count, const SgdOptions& options, int threads);
+  // slots[k] = where item seen + k goes, -1 where it is passed over.
+  void (*reservoir_slots)(std::int64_t seen, std::int64_t count, std::int64_t capacity, std::uint64_t seed,
+                          std::int64_t* slots, int threads);
+  void (*reservoir_insert)(const ReservoirBatch& batch, int threads);
+  // sample[k] in [0, population), all different; population at least count, below 2^63, and count at most 2^32.
+  void (*sample_without_replacement)(std::int64_t population, std::int64_t count, std::uint64_t seed,
+                                     std::uint64_t draw, std::int64_t* sample);
+  // Each field's batch[k] = stored[index[k]].
+  void (*gather_rows)(const RowField* fields, int num_fields, const std::int64_t* index, std::int64_t count,
+                      int threads);
 };
 
 // The table in use, and its name: the best that the processor has, or the one LIMPET_CPU asks for.

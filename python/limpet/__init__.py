@@ -3,12 +3,14 @@
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
 ['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
- 'RWalk', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
+ 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim',
+ 'suggest_strength']
 """
 
 from limpet import ops, optim
+from limpet.buffers import ReservoirBuffer
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
+from limpet.methods import EWC, MemoryAwareSynapses, Replay, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
 from limpet.strength import suggest_strength
 
@@ -21,6 +23,8 @@ __all__ = [
     "FisherAccumulator",
     "MemoryAwareSynapses",
     "RWalk",
+    "Replay",
+    "ReservoirBuffer",
     "SynapticIntelligence",
     "diagonal_fisher",
     "ops",

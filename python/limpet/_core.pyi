@@ -175,3 +175,49 @@ class PathIntegralLists:
 
 def path_integral(lists: PathIntegralLists, strength: float, threads: int, /) -> None: ...
 def cuda_path_integral(lists: PathIntegralLists, strength: float, device: int, stream: int, /) -> None: ...
+def reservoir_slots(seen: int, count: int, capacity: int, seed: int, slots: int, threads: int) -> None: ...
+def reservoir_insert(
+    stored: list[int],
+    batch: list[int],
+    row_bytes: list[int],
+    items: int,
+    seen: int,
+    capacity: int,
+    count: int,
+    seed: int,
+    threads: int,
+) -> None: ...
+def sample_without_replacement(population: int, count: int, seed: int, draw: int, sample: int) -> None: ...
+def gather_rows(
+    stored: list[int], batch: list[int], row_bytes: list[int], rows: int, index: int, count: int, threads: int
+) -> None: ...
+def cuda_reservoir_slots(
+    seen: int, count: int, capacity: int, seed: int, slots: int, device: int, stream: int
+) -> None: ...
+def cuda_reservoir_workspace(count: int) -> int: ...
+def cuda_reservoir_insert(
+    stored: list[int],
+    batch: list[int],
+    row_bytes: list[int],
+    items: int,
+    seen: int,
+    capacity: int,
+    count: int,
+    seed: int,
+    workspace: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_sample_without_replacement(
+    population: int, count: int, seed: int, draw: int, sample: int, workspace: int, device: int, stream: int
+) -> None: ...
+def cuda_gather_rows(
+    stored: list[int],
+    batch: list[int],
+    row_bytes: list[int],
+    rows: int,
+    index: int,
+    count: int,
+    device: int,
+    stream: int,
+) -> None: ...

@@ -2,7 +2,8 @@
 
 from limpet.methods.ewc import EWC
 from limpet.methods.memory_aware_synapses import MemoryAwareSynapses
+from limpet.methods.replay import Replay
 from limpet.methods.rwalk import RWalk
 from limpet.methods.synaptic_intelligence import SynapticIntelligence
 
-__all__ = ["EWC", "MemoryAwareSynapses", "RWalk", "SynapticIntelligence"]
+__all__ = ["EWC", "MemoryAwareSynapses", "RWalk", "Replay", "SynapticIntelligence"]

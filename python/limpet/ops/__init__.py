@@ -11,14 +11,19 @@ from limpet.ops.narrow import pack_anchor, pack_importance, unpack_anchor, unpac
 from limpet.ops.optim import adamw_step_, sgd_step_
 from limpet.ops.path_integral import path_integral_update_
 from limpet.ops.quadratic import add_quadratic_penalty_grad_, quadratic_penalty
+from limpet.ops.reservoir import gather_rows, reservoir_insert_, reservoir_slots, sample_without_replacement
 
 __all__ = [
     "adamw_step_",
     "add_quadratic_penalty_grad_",
+    "gather_rows",
     "pack_anchor",
     "pack_importance",
     "path_integral_update_",
     "quadratic_penalty",
+    "reservoir_insert_",
+    "reservoir_slots",
+    "sample_without_replacement",
     "sgd_step_",
     "sum_grad_squared_bias",
     "sum_grad_squared_conv",

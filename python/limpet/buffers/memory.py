@@ -1,0 +1,33 @@
+"""Whether a buffer fits where it is to lie."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def require_room(sizes: Sequence[int], device: torch.device) -> None:
+    """Require that a device has so many bytes free, as far as it says.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    asked, free = sum(sizes), _free(device)
+    if free is not None and asked > free:
+        raise ValueError(f"capacity must fit {device}: {asked} bytes are asked for, {free} are free")
+
+
+def _free(device: torch.device) -> int | None:
+    """Free bytes; ``None`` where that is not told."""
+    if device.type == "cpu":
+        try:
+            with open("/proc/meminfo") as lines:  # what is free counts too little: caches give way
+                available = next((line.split()[1] for line in lines if line.startswith("MemAvailable")), None)
+        except OSError:
+            return None
+        return None if available is None else 1024 * int(available)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return None
