@@ -88,7 +88,12 @@ ROWS = {  # ours: the baseline, what it is, the bound, peers
     "ours": ("torch, fused", "torch's fused step", "at most 1.0", []),
     "with SI": ("torch, fused", "torch's fused step", "at most 1.4", []),
     "with EWC and SI": ("copy", "44 bytes each at copy speed", "at most 1.15", []),
-    "with EWC and SI, once more": ("torch, fused, and loops", "torch's fused step and loops", "at most 0.167", ["torch, foreach"]),
+    "with EWC and SI, once more": (
+        "torch, fused, and loops",
+        "torch's fused step and loops",
+        "at most 0.167",
+        ["torch, foreach"],
+    ),
 }
 
 
