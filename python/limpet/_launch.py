@@ -28,7 +28,7 @@ _HUGE_PAGE = 2 << 20  # bytes
 def zeros_like(tensor: Tensor) -> Tensor:  # [*] -> [*]
     """Zeros for what every step reads and writes: on the CPU in huge pages, where the system grants them.
 
-    A processor fetches ahead to the end of a page only. Moments in huge pages take a tenth off a step of AdamW.
+    A processor fetches ahead to the end of a page only. Moments in huge pages take a tenth or more off a step of AdamW.
     """
     result = torch.empty_like(tensor)
     if type(result) is Tensor and result.device.type == "cpu" and result.nbytes >= 2 * _HUGE_PAGE:
