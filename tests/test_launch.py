@@ -11,7 +11,9 @@ from limpet import _launch
 def test_zeros_like_are_zeros_in_memory_of_their_own(elements, dtype):
     like = torch.ones(elements, dtype=dtype, requires_grad=True)
     zeros = _launch.zeros_like(like)
-    assert zeros.shape == like.shape and zeros.dtype == dtype and not zeros.requires_grad
+    assert zeros.shape == like.shape
+    assert zeros.dtype == dtype
+    assert not zeros.requires_grad
     assert not zeros.any()
     zeros.fill_(2.0)
     assert bool((like == 1).all())
