@@ -4,6 +4,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
 #include <array>
 #include <vector>
 
@@ -320,6 +325,15 @@ void bind_reservoir(py::module_& m) {
 #endif
 }
 
+// Only a wish: a system without huge pages keeps its own.
+void prefer_huge_pages([[maybe_unused]] Address address, [[maybe_unused]] std::int64_t bytes) {
+#if defined(__linux__)
+  const Address page = static_cast<Address>(sysconf(_SC_PAGESIZE)), begin = address / page * page;
+  madvise(pointer<void>(begin), static_cast<std::size_t>(address - begin) + static_cast<std::size_t>(bytes),
+          MADV_HUGEPAGE);
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LIMPET_VERSION;
@@ -346,6 +360,7 @@ PYBIND11_MODULE(_core, m) {
   cpu::kernels();  // a wrong LIMPET_CPU is an error of the import
 
   m.def("build_info", build_info);
+  m.def("prefer_huge_pages", prefer_huge_pages);
   py::class_<QuadraticLists>(m, "QuadraticLists")
       .def(py::init<std::vector<Address>, std::vector<Address>, std::vector<Address>, std::vector<Address>, Sizes,
                     std::vector<int>, std::vector<int>, std::vector<int>>());

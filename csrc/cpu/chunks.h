@@ -1,11 +1,10 @@
-// Flat passes over all tensors of a model: cut into chunks of a fixed size, whose ends are padded to whole vectors.
+// Flat passes over all tensors of a model, cut into chunks of a fixed size.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "cpu/parallel.h"
-#include "cpu/vector.h"
+#include "math/inline.h"
 
 namespace limpet::cpu {
 namespace {
@@ -42,19 +41,6 @@ void for_each_chunk(const Tensor* tensors, std::int64_t count, int threads, cons
     }
   });
 }
-
-// The last elements of an array, fewer than a vector of type S has, with zeros behind them.
-template <class Stored, class S = Compute<Stored>>
-struct Padded {
-  Stored elements[lanes<S>] = {};
-
-  LIMPET_FORMULA Padded(const Stored* from, std::int64_t count) {
-    std::memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(Stored));
-  }
-  LIMPET_FORMULA void copy_to(Stored* to, std::int64_t count) const {
-    std::memcpy(to, elements, static_cast<std::size_t>(count) * sizeof(Stored));
-  }
-};
 
 }  // namespace
 }  // namespace limpet::cpu

@@ -56,15 +56,6 @@ LIMPET_FORMULA Integers load_integers(const std::int16_t* from) {
 }
 #endif
 
-// `count` elements, at most `width`, with zeros behind them.
-template <class Stored, int width>
-struct Padded {
-  Stored element[width] = {};
-  LIMPET_FORMULA Padded(const Stored* from, std::int64_t count) {
-    std::memcpy(element, from, static_cast<std::size_t>(count) * sizeof(Stored));
-  }
-};
-
 // Elements from `begin` on: load(i) reads a whole vector at element i of the tensor, load_some(i, count) its first
 // elements and zeros. A reader of a narrow format must not be asked for elements of another block than begin's.
 template <class Stored>
@@ -75,7 +66,7 @@ struct Reader {
   LIMPET_FORMULA Reader(const void* stored, std::int64_t, std::int64_t) : data(static_cast<const Stored*>(stored)) {}
   LIMPET_FORMULA auto load(std::int64_t i) const { return cpu::load(data + i); }
   LIMPET_FORMULA auto load_some(std::int64_t i, std::int64_t count) const {
-    return cpu::load(Padded<Stored, lanes<Compute<Stored>>>(data + i, count).element);
+    return cpu::load(Padded<Stored>(data + i, count).elements);
   }
 };
 
@@ -96,7 +87,7 @@ struct Reader<Log8> {
   }
   LIMPET_FORMULA Vector<float> load(std::int64_t i) const { return decode(codes + i); }
   LIMPET_FORMULA Vector<float> load_some(std::int64_t i, std::int64_t count) const {
-    return decode(Padded<std::uint8_t, lanes<float>>(codes + i, count).element);
+    return decode(Padded<std::uint8_t>(codes + i, count).elements);
   }
 };
 
@@ -117,7 +108,7 @@ struct Reader<Fixed16> {
   }
   LIMPET_FORMULA Vector<float> load(std::int64_t i) const { return decode(codes + i); }
   LIMPET_FORMULA Vector<float> load_some(std::int64_t i, std::int64_t count) const {
-    return decode(Padded<std::int16_t, lanes<float>>(codes + i, count).element);
+    return decode(Padded<std::int16_t>(codes + i, count).elements);
   }
 };
 
@@ -135,8 +126,7 @@ struct Reader<Split24> {
   }
   LIMPET_FORMULA Vector<float> load(std::int64_t i) const { return decode(high + i, low + i); }
   LIMPET_FORMULA Vector<float> load_some(std::int64_t i, std::int64_t count) const {
-    return decode(Padded<std::uint16_t, lanes<float>>(high + i, count).element,
-                  Padded<std::uint8_t, lanes<float>>(low + i, count).element);
+    return decode(Padded<std::uint16_t>(high + i, count).elements, Padded<std::uint8_t>(low + i, count).elements);
   }
 };
 

@@ -13,16 +13,15 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/chunks.h"
 #include "cpu/isa.h"
-#include "cpu/parallel.h"
 #include "cpu/vector.h"
 #include "math/quadratic.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
-constexpr std::int64_t kChunk = 16384;  // elements: 704 KB of float32 streams with all there is
-constexpr std::int64_t kBlock = 1024;   // elements of narrow anchors and importances that are widened at a time
+constexpr std::int64_t kBlock = 1024;  // elements of narrow anchors and importances that are widened at a time
 
 LIMPET_FORMULA Vector<float> square_root(const Vector<float>& x) {
 #if defined(__AVX512F__)
@@ -108,10 +107,11 @@ LIMPET_FORMULA void step_vector(const Streams<Theta>& at, std::int64_t i, const 
     store(load(at.integral + i) + math::path_share<V>(task_grad, theta, load(at.theta + i)), at.integral + i);
 }
 
-// Fewer elements than a vector holds, through copies of them.
+// Fewer elements than a vector holds, through copies of them. The rule is a copy here and below: an array might overlay
+// the caller's, for all that the compiler knows, and every store would have its settings loaded again.
 template <bool has_quadratic, bool has_integral, class Theta, class Rule>
-void step_rest(const Streams<Theta>& at, std::int64_t i, std::int64_t count, const Rule& rule,
-               Compute<Theta> grad_factor, Compute<Theta> strength) {
+void step_rest(const Streams<Theta>& at, std::int64_t i, std::int64_t count, Rule rule, Compute<Theta> grad_factor,
+               Compute<Theta> strength) {
   constexpr int width = lanes<Compute<Theta>>;
   Theta narrow[5][width] = {};
   Compute<Theta> wide[3][width] = {};
@@ -159,7 +159,7 @@ const S* widened(const void* from, Dtype dtype, std::int64_t begin, std::int64_t
 
 template <bool has_quadratic, bool has_integral, class Theta, class Rule>
 void step_chunk(const OptimTensor& tensor, std::int64_t begin, std::int64_t end, const StepOptions& options,
-                const Rule& rule) {
+                Rule rule) {
   using S = Compute<Theta>;
   const S grad_factor = static_cast<S>(options.grad_factor), strength = static_cast<S>(options.strength);
   const auto at = [&](void* array) { return array == nullptr ? nullptr : static_cast<Theta*>(array) + begin; };
@@ -196,60 +196,39 @@ void step_chunk(const OptimTensor& tensor, std::int64_t begin, std::int64_t end,
   step(tensor, begin, end, options, rule);
 }
 
-// Calls body(tensor, begin, end) for every chunk; each thread takes one run of consecutive ones, so that it streams.
-template <class Body>
-void for_each_chunk(const OptimTensor* tensors, std::int64_t count, int threads, const Body& body) {
-  const auto chunks_of = [](const OptimTensor& tensor) { return (tensor.numel + kChunk - 1) / kChunk; };
-  std::int64_t chunks = 0, elements = 0;
-  for (std::int64_t k = 0; k < count; ++k) {
-    chunks += chunks_of(tensors[k]);
-    elements += tensors[k].numel;
-  }
-  if (elements < kChunk) threads = 1;
-  const std::int64_t runs = chunks < threads ? chunks : threads;
-  parallel_for(threads, runs, [&](std::int64_t run, int) {
-    const std::int64_t first = chunks * run / runs, last = chunks * (run + 1) / runs;
-    std::int64_t k = 0, skipped = 0;  // chunks before tensor k
-    for (std::int64_t c = first; c < last; ++c) {
-      for (std::int64_t here; c - skipped >= (here = chunks_of(tensors[k])); ++k) skipped += here;
-      const std::int64_t begin = (c - skipped) * kChunk;
-      const std::int64_t end = begin + kChunk < tensors[k].numel ? begin + kChunk : tensors[k].numel;
-      body(tensors[k], begin, end);
-    }
-  });
-}
-
 void adamw(const OptimTensor* tensors, std::int64_t count, const AdamWOptions& options, int threads) {
   for (std::int64_t k = 0; k < count; ++k) *tensors[k].step += 1;
-  for_each_chunk(tensors, count, threads, [&](const OptimTensor& tensor, std::int64_t begin, std::int64_t end) {
-    const double t = *tensor.step;
-    const double power = ::pow(options.beta1, t), correction = ::sqrt(1 - ::pow(options.beta2, t));
-    dispatch(tensor.dtype, [&](auto stored) {
-      using Theta = decltype(stored);
-      const auto with = math::adamw_settings<Compute<Theta>>(options.lr, options.weight_decay, options.beta1,
-                                                             options.beta2, options.eps, power, correction);
-      if (tensor.largest != nullptr) {
-        step_chunk<Theta>(tensor, begin, end, options, AdamWRule<Theta, true>{with});
-      } else {
-        step_chunk<Theta>(tensor, begin, end, options, AdamWRule<Theta, false>{with});
-      }
-    });
-  });
+  for_each_chunk(
+      tensors, count, threads, [&](std::int64_t, const OptimTensor& tensor, std::int64_t begin, std::int64_t end) {
+        const double t = *tensor.step;
+        const double power = ::pow(options.beta1, t), correction = ::sqrt(1 - ::pow(options.beta2, t));
+        dispatch(tensor.dtype, [&](auto stored) {
+          using Theta = decltype(stored);
+          const auto with = math::adamw_settings<Compute<Theta>>(options.lr, options.weight_decay, options.beta1,
+                                                                 options.beta2, options.eps, power, correction);
+          if (tensor.largest != nullptr) {
+            step_chunk<Theta>(tensor, begin, end, options, AdamWRule<Theta, true>{with});
+          } else {
+            step_chunk<Theta>(tensor, begin, end, options, AdamWRule<Theta, false>{with});
+          }
+        });
+      });
 }
 
 void sgd(const OptimTensor* tensors, std::int64_t count, const SgdOptions& options, int threads) {
-  for_each_chunk(tensors, count, threads, [&](const OptimTensor& tensor, std::int64_t begin, std::int64_t end) {
-    dispatch(tensor.dtype, [&](auto stored) {
-      using Theta = decltype(stored);
-      const auto with = math::sgd_settings<Compute<Theta>>(options.lr, options.weight_decay, options.momentum,
-                                                           options.dampening, options.nesterov, options.first_step);
-      if (tensor.first != nullptr) {
-        step_chunk<Theta>(tensor, begin, end, options, SgdRule<Theta, true>{with});
-      } else {
-        step_chunk<Theta>(tensor, begin, end, options, SgdRule<Theta, false>{with});
-      }
-    });
-  });
+  for_each_chunk(
+      tensors, count, threads, [&](std::int64_t, const OptimTensor& tensor, std::int64_t begin, std::int64_t end) {
+        dispatch(tensor.dtype, [&](auto stored) {
+          using Theta = decltype(stored);
+          const auto with = math::sgd_settings<Compute<Theta>>(options.lr, options.weight_decay, options.momentum,
+                                                               options.dampening, options.nesterov, options.first_step);
+          if (tensor.first != nullptr) {
+            step_chunk<Theta>(tensor, begin, end, options, SgdRule<Theta, true>{with});
+          } else {
+            step_chunk<Theta>(tensor, begin, end, options, SgdRule<Theta, false>{with});
+          }
+        });
+      });
 }
 
 }  // namespace

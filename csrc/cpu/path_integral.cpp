@@ -5,6 +5,7 @@
 #include "math/path_integral.h"
 #include "cpu/chunks.h"
 #include "cpu/isa.h"
+#include "cpu/vector.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {

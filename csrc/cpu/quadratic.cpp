@@ -4,15 +4,13 @@
 // number of threads. Terms are float32 products (float64 for float64 parameters) summed in float64.
 
 #include "math/quadratic.h"
+#include "cpu/chunks.h"
 #include "cpu/isa.h"
 #include "cpu/narrow.h"
-#include "cpu/parallel.h"
-#include "cpu/vector.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
-constexpr std::int64_t kChunk = 16384;  // elements: 320 KB of float32 streams
 static_assert(kChunk % math::kNarrowBlock == 0, "a block must not lie in two chunks");
 
 template <class S>
@@ -55,11 +53,9 @@ double chunk(const QuadraticTensor& tensor, std::int64_t begin, std::int64_t end
                                                         importance.load_some(i, rest));
       sums += __builtin_convertvector(term.value, Sum);
       if constexpr (mode != QuadraticGrad::none) {
-        Theta padded[width] = {};
-        if constexpr (mode == QuadraticGrad::add)
-          std::memcpy(padded, grad + i, static_cast<std::size_t>(rest) * sizeof(Theta));
-        update<mode>(term.weighted, factors, padded);
-        std::memcpy(grad + i, padded, static_cast<std::size_t>(rest) * sizeof(Theta));
+        Padded<Theta> grads(grad + i, rest);
+        update<mode>(term.weighted, factors, grads.elements);
+        grads.copy_to(grad + i, rest);
       }
     }
   }
@@ -117,27 +113,12 @@ Chunk pick(QuadraticGrad mode, const QuadraticTensor& tensor) {
 }
 
 double quadratic(const QuadraticTensor* tensors, std::int64_t count, QuadraticGrad mode, double factor, int threads) {
-  // A job is a run of chunks within one tensor; jobs are found by counting, so that no list is allocated.
-  std::int64_t chunks = 0, elements = 0;
-  for (std::int64_t k = 0; k < count; ++k) {
-    chunks += (tensors[k].numel + kChunk - 1) / kChunk;
-    elements += tensors[k].numel;
-  }
-  if (elements < 2 * kChunk) threads = 1;
-
+  const std::int64_t chunks = count_chunks(tensors, count);
   double* partial = new double[static_cast<std::size_t>(chunks)];
-  // Each thread takes one run of consecutive chunks: it streams, and finds its first tensor only once.
-  const std::int64_t runs = chunks < threads ? chunks : threads;
-  parallel_for(threads, runs, [&](std::int64_t run, int) {
-    const std::int64_t first = chunks * run / runs, last = chunks * (run + 1) / runs;
-    std::int64_t k = 0, skipped = 0;  // chunks before tensor k
-    for (std::int64_t c = first; c < last; ++c) {
-      for (std::int64_t here; c - skipped >= (here = (tensors[k].numel + kChunk - 1) / kChunk); ++k) skipped += here;
-      const std::int64_t begin = (c - skipped) * kChunk;
-      const std::int64_t end = begin + kChunk < tensors[k].numel ? begin + kChunk : tensors[k].numel;
-      partial[c] = pick(mode, tensors[k])(tensors[k], begin, end, factor);
-    }
-  });
+  for_each_chunk(tensors, count, threads,
+                 [&](std::int64_t c, const QuadraticTensor& tensor, std::int64_t begin, std::int64_t end) {
+                   partial[c] = pick(mode, tensor)(tensor, begin, end, factor);
+                 });
   double value = 0;
   for (std::int64_t c = 0; c < chunks; ++c) value += partial[c];
   delete[] partial;

@@ -161,6 +161,19 @@ LIMPET_FORMULA void store(const Vector<float>& v, Half* to) {
 #endif
 }
 
+// The last elements of an array, fewer than a vector of type S has, with zeros behind them.
+template <class Stored, class S = Compute<Stored>>
+struct Padded {
+  Stored elements[lanes<S>] = {};
+
+  LIMPET_FORMULA Padded(const Stored* from, std::int64_t count) {
+    std::memcpy(elements, from, static_cast<std::size_t>(count) * sizeof(Stored));
+  }
+  LIMPET_FORMULA void copy_to(Stored* to, std::int64_t count) const {
+    std::memcpy(to, elements, static_cast<std::size_t>(count) * sizeof(Stored));
+  }
+};
+
 template <class S>
 LIMPET_FORMULA Vector<S> broadcast(S x) {
   return x - Vector<S>{};

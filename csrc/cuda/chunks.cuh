@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 namespace limpet::cuda {
 namespace {
@@ -34,6 +35,25 @@ struct Chunks {
     return low;
   }
 };
+
+// Calls launch(kernel, table) for tables of tensors that one kernel takes, in the tensors' order. pick(tensor) is the
+// kernel; a Table has `chunks`, a Chunks<Table::capacity>, and set(place, tensor).
+template <class Table, class Tensor, class Pick, class Launch>
+void launch_tables(const Tensor* tensors, int count, const Pick& pick, const Launch& launch) {
+  std::vector<decltype(pick(*tensors))> waiting;  // null once it is in a table
+  for (int k = 0; k < count; ++k) waiting.push_back(pick(tensors[k]));
+  for (int first = 0; first < count; ++first) {
+    const auto kernel = waiting[first];
+    if (kernel == nullptr) continue;
+    Table table;
+    for (int k = first; k < count && table.chunks.count < Table::capacity; ++k) {
+      if (waiting[k] != kernel) continue;
+      waiting[k] = nullptr;
+      table.set(table.chunks.add(tensors[k].numel), tensors[k]);
+    }
+    launch(kernel, table);
+  }
+}
 
 template <class T>
 __device__ bool aligned(const T* pointer, std::size_t bytes) {

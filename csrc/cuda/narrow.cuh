@@ -1,20 +1,15 @@
 // Readers: anchors and importances in the type they are computed in, however they are stored.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
 
+#include "cuda/chunks.cuh"
 #include "cuda/vector.cuh"
 #include "math/narrow.h"
 #include "quadratic_tensor.h"
 
 namespace limpet::cuda {
 namespace {
-
-template <class T>
-__device__ __forceinline__ bool aligned(const T* pointer, std::size_t bytes) {
-  return reinterpret_cast<std::uintptr_t>(pointer) % bytes == 0;
-}
 
 template <int width, class Stored>
 __device__ __forceinline__ Pack<Stored, width> load_pack(const Stored* from) {
@@ -112,6 +107,37 @@ struct Reader<Split24> {
     for (int k = 0; k < width; ++k)
       to[k] = __uint_as_float(math::split24_bits(static_cast<std::uint32_t>(upper_bits.element[k]),
                                                  static_cast<std::uint32_t>(lower_bits.element[k])));
+  }
+};
+
+// The same for importances whose format is looked up at each load: a quarter of the kernels to compile. Loads wait for
+// what they convert, so this one is to come after all others.
+struct ImportanceReader {
+  const void* stored;
+  std::int64_t numel, begin;
+  Storage storage;
+
+  template <class Body>
+  __device__ __forceinline__ auto with_reader(const Body& body) const {
+    switch (storage) {
+      case Storage::bf16: return body(Reader<__nv_bfloat16>(stored, numel, begin));
+      case Storage::f16: return body(Reader<__half>(stored, numel, begin));
+      case Storage::log8: return body(Reader<Log8>(stored, numel, begin));
+      default: return body(Reader<float>(stored, numel, begin));
+    }
+  }
+  template <class S, int width>
+  __device__ bool wide() const {
+    if constexpr (sizeof(S) == 8) return Reader<double>(stored, numel, begin).wide<width>();
+    return with_reader([](const auto& reader) { return reader.template wide<width>(); });
+  }
+  template <int width>
+  __device__ __forceinline__ void load(int i, float* to) const {
+    with_reader([&](const auto& reader) { reader.template load<width>(i, to); });
+  }
+  template <int width>
+  __device__ __forceinline__ void load(int i, double* to) const {  // beside float64 all is float64
+    Reader<double>(stored, numel, begin).load<width>(i, to);
   }
 };
 

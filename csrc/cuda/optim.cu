@@ -1,14 +1,12 @@
-// One optimizer step over all tensors of a call: one launch for up to kTensors of them, of any sizes, and for AdamW one
-// more that counts the step.
+// One optimizer step over all tensors of a call: one launch for up to Table::capacity of them, and for AdamW one more
+// that counts the step.
 //
 // Memory-bound: parameter, gradient, moments, anchor, importance and integral are each read and written once. The table
 // of pointers is a kernel parameter, as in quadratic.cu; a block takes one chunk of one tensor.
 
 #include "cuda/optim.h"
 
-#include <cstddef>
-#include <vector>
-
+#include "cuda/chunks.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/vector.cuh"
 #include "math/optim.h"
@@ -17,30 +15,14 @@
 namespace limpet::cuda {
 namespace {
 
-constexpr int kThreads = 256;
-constexpr int kChunk = 4096;   // elements a block takes
-constexpr int kTensors = 320;  // tensors in one launch
-
 struct Table {
-  OptimTensor tensor[kTensors];
-  int first_chunk[kTensors];  // ascending
-  int count;
+  static constexpr int capacity = 300;  // tensors in one launch
+  OptimTensor tensor[capacity];
+  Chunks<capacity> chunks;
+
+  void set(int at, const OptimTensor& from) { tensor[at] = from; }
 };
 static_assert(sizeof(Table) + 256 <= 32764, "a kernel's parameters must fit their limit");
-
-// The last tensor whose first chunk is not behind `chunk`.
-__device__ int tensor_of(const Table& table, int chunk) {
-  int low = 0, high = table.count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    if (table.first_chunk[middle] <= chunk) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  return low;
-}
 
 __device__ __forceinline__ float square_root(float x) {
   return __fsqrt_rn(x);
@@ -172,16 +154,17 @@ __device__ __forceinline__ void step_elements(const OptimTensor& tensor, std::in
 }
 
 template <bool has_quadratic, bool has_integral, class Theta, class Rule>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kBlockThreads)
     step_kernel(const __grid_constant__ Table table, const typename Rule::Options options,
                 const DeviceScalars scalars) {
   if (skipped(scalars)) return;
   using S = Compute<Theta>;
   constexpr int width = 16 / sizeof(S);
-  const int k = tensor_of(table, static_cast<int>(blockIdx.x));
+  const int block = static_cast<int>(blockIdx.x);
+  const int k = table.chunks.tensor_of(block);
   const OptimTensor& tensor = table.tensor[k];
-  const std::int64_t begin = static_cast<std::int64_t>(blockIdx.x - table.first_chunk[k]) * kChunk;
-  const std::int64_t end = tensor.numel - begin < kChunk ? tensor.numel : begin + kChunk;
+  const std::int64_t begin = static_cast<std::int64_t>(block - table.chunks.first_block[k]) * kBlockElements;
+  const std::int64_t end = tensor.numel - begin < kBlockElements ? tensor.numel : begin + kBlockElements;
   __shared__ Rule rule;  // powers in float64 take a while: one thread computes them
   if (threadIdx.x == 0) rule = Rule::make(options, tensor, learning_rate(scalars, options.lr));
   __syncthreads();
@@ -195,17 +178,17 @@ __global__ void __launch_bounds__(kThreads)
                             tensor.anchor, tensor.importance, static_cast<const void*>(tensor.integral)})
     misaligned |= reinterpret_cast<std::uintptr_t>(array) % 16;
   const std::int64_t packed = misaligned == 0 ? begin + (end - begin) / width * width : begin;
-  for (std::int64_t i = begin + static_cast<std::int64_t>(threadIdx.x) * width; i < packed; i += kThreads * width)
+  for (std::int64_t i = begin + static_cast<std::int64_t>(threadIdx.x) * width; i < packed; i += kBlockThreads * width)
     step_elements<has_quadratic, has_integral, width, Theta>(tensor, i, rule, grad_factor, strength);
-  for (std::int64_t i = packed + threadIdx.x; i < end; i += kThreads)
+  for (std::int64_t i = packed + threadIdx.x; i < end; i += kBlockThreads)
     step_elements<has_quadratic, has_integral, 1, Theta>(tensor, i, rule, grad_factor, strength);
 }
 
 // All blocks of a tensor read its count of steps, so it is raised by a launch before theirs.
-__global__ void __launch_bounds__(kTensors)
+__global__ void __launch_bounds__(Table::capacity)
     count_kernel(const __grid_constant__ Table table, const DeviceScalars scalars) {
   if (skipped(scalars)) return;
-  if (static_cast<int>(threadIdx.x) < table.count) *table.tensor[threadIdx.x].step += 1;
+  if (static_cast<int>(threadIdx.x) < table.chunks.count) *table.tensor[threadIdx.x].step += 1;
 }
 
 template <class Options>
@@ -229,31 +212,19 @@ auto pick(const OptimTensor& tensor) {
   return pick<__half, Rule<__half, flag>>(tensor);
 }
 
-// Launches the tensors in their order, those of one dtype together; all are alike in what they have.
+// All tensors are alike in what they have.
 template <class Options, class Pick>
 void launch(const OptimTensor* tensors, int count, const Options& options, const DeviceScalars& scalars,
             const Pick& pick_kernel, cudaStream_t stream) {
-  for (const Dtype dtype : {Dtype::f32, Dtype::f64, Dtype::bf16, Dtype::f16}) {
-    for (int next = 0; next < count;) {
-      Table table;
-      table.count = 0;
-      int chunks = 0;
-      for (; next < count && table.count < kTensors; ++next) {
-        if (tensors[next].dtype != dtype) continue;
-        table.tensor[table.count] = tensors[next];
-        table.first_chunk[table.count++] = chunks;
-        chunks += static_cast<int>((tensors[next].numel + kChunk - 1) / kChunk);
-      }
-      if (table.count == 0) break;
-      if (table.tensor[0].step != nullptr) {
-        count_kernel<<<1, kTensors, 0, stream>>>(table, scalars);
-        LIMPET_CUDA_CHECK(cudaGetLastError());
-      }
-      if (chunks == 0) continue;
-      pick_kernel(table.tensor[0])<<<chunks, kThreads, 0, stream>>>(table, options, scalars);
+  launch_tables<Table>(tensors, count, pick_kernel, [&](Kernel<Options> kernel, const Table& table) {
+    if (tensors[0].step != nullptr) {
+      count_kernel<<<1, Table::capacity, 0, stream>>>(table, scalars);
       LIMPET_CUDA_CHECK(cudaGetLastError());
     }
-  }
+    if (table.chunks.blocks == 0) return;
+    kernel<<<table.chunks.blocks, kBlockThreads, 0, stream>>>(table, options, scalars);
+    LIMPET_CUDA_CHECK(cudaGetLastError());
+  });
 }
 
 }  // namespace

@@ -1,11 +1,9 @@
-// Synaptic Intelligence's path integrals over all tensors of a model: one launch for up to kTensors of them.
+// Synaptic Intelligence's path integrals over all tensors of a model: one launch for up to Table::capacity of them.
 //
 // Memory-bound: 24 bytes an element in float32. The table of pointers is a kernel parameter (a parameter may have
 // 32,764 bytes since CUDA 12.1, on sm_70 and newer), so nothing is copied to the device first.
 
 #include "cuda/path_integral.h"
-
-#include <vector>
 
 #include "cuda/chunks.cuh"
 #include "cuda/launch.cuh"
@@ -15,16 +13,24 @@
 namespace limpet::cuda {
 namespace {
 
-constexpr int kTensors = 512;  // in one launch
-
 struct Table {
-  void* integral[kTensors];
-  void* previous[kTensors];
-  const void* theta[kTensors];
-  const void* grad[kTensors];
-  const void* anchor[kTensors];
-  const void* importance[kTensors];
-  Chunks<kTensors> chunks;
+  static constexpr int capacity = 512;  // tensors in one launch
+  void* integral[capacity];
+  void* previous[capacity];
+  const void* theta[capacity];
+  const void* grad[capacity];
+  const void* anchor[capacity];
+  const void* importance[capacity];
+  Chunks<capacity> chunks;
+
+  void set(int at, const PathIntegralTensor& tensor) {
+    integral[at] = tensor.integral;
+    previous[at] = tensor.previous;
+    theta[at] = tensor.theta;
+    grad[at] = tensor.grad;
+    anchor[at] = tensor.anchor;
+    importance[at] = tensor.importance;
+  }
 };
 static_assert(sizeof(Table) + 64 <= 32764, "a kernel's parameters must fit their limit");
 
@@ -117,44 +123,27 @@ Kernel pick<double>(const PathIntegralTensor& tensor) {
 }
 
 Kernel pick(const PathIntegralTensor& tensor) {
+  Kernel kernel = nullptr;
   switch (tensor.theta_dtype) {
-    case Dtype::f32: return pick<float>(tensor);
-    case Dtype::f64: return pick<double>(tensor);
-    case Dtype::bf16: return pick<__nv_bfloat16>(tensor);
-    case Dtype::f16: return pick<__half>(tensor);
+    case Dtype::f32: kernel = pick<float>(tensor); break;
+    case Dtype::f64: kernel = pick<double>(tensor); break;
+    case Dtype::bf16: kernel = pick<__nv_bfloat16>(tensor); break;
+    case Dtype::f16: kernel = pick<__half>(tensor); break;
   }
-  return nullptr;
+  if (kernel == nullptr) throw std::runtime_error("limpet: path_integral: no CUDA kernel for these dtypes");
+  return kernel;
 }
 
 }  // namespace
 
 void path_integral(const PathIntegralTensor* tensors, int count, double strength, int device, void* stream) {
-  // Tensors of one kernel are launched together; those without elements need none.
-  std::vector<Kernel> waiting(static_cast<std::size_t>(count), nullptr);
-  for (int k = 0; k < count; ++k) {
-    if (tensors[k].numel == 0) continue;
-    waiting[k] = pick(tensors[k]);
-    if (waiting[k] == nullptr) throw std::runtime_error("limpet: path_integral: no CUDA kernel for these dtypes");
-  }
   const DeviceGuard guard(device);
-  for (int first = 0; first < count; ++first) {
-    const Kernel kernel = waiting[first];
-    if (kernel == nullptr) continue;
-    Table table;
-    for (int k = first; k < count && table.chunks.count < kTensors; ++k) {
-      if (waiting[k] != kernel) continue;
-      waiting[k] = nullptr;
-      const int at = table.chunks.add(tensors[k].numel);
-      table.integral[at] = tensors[k].integral;
-      table.previous[at] = tensors[k].previous;
-      table.theta[at] = tensors[k].theta;
-      table.grad[at] = tensors[k].grad;
-      table.anchor[at] = tensors[k].anchor;
-      table.importance[at] = tensors[k].importance;
-    }
+  const auto pick_kernel = [](const PathIntegralTensor& tensor) { return pick(tensor); };
+  launch_tables<Table>(tensors, count, pick_kernel, [&](Kernel kernel, const Table& table) {
+    if (table.chunks.blocks == 0) return;
     kernel<<<table.chunks.blocks, kBlockThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, strength);
     LIMPET_CUDA_CHECK(cudaGetLastError());
-  }
+  });
 }
 
 }  // namespace limpet::cuda

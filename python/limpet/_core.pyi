@@ -6,6 +6,7 @@ from typing import Any
 Sizes = Sequence[int]
 
 def build_info() -> dict[str, Any]: ...
+def prefer_huge_pages(address: int, bytes: int, /) -> None: ...
 
 class QuadraticLists:
     def __init__(

@@ -24,20 +24,11 @@ class Lists:
         integrals: Sequence[Tensor],
         steps: Sequence[Tensor] = (),
     ) -> None:
-        lists = [list(tensors) for tensors in (params, grads, *moments, anchors, importances, integrals)]
-        used = [tensors for tensors in lists if tensors]
-        self._scattered: list[tuple[Tensor, Tensor]] = []
-        for k in range(len(params)):
-            here = [tensors[k] for tensors in used]
-            if not _launch.lie_alike(here):
-                for tensors, tensor in zip(used, here, strict=True):
-                    tensors[k] = tensor.contiguous()
-                    if tensors[k] is not tensor:
-                        self._scattered.append((tensor, tensors[k]))
-        self._read_only = {id(t) for tensors in (grads, anchors, importances) for t in tensors}
+        lists = (params, *moments, integrals, grads, anchors, importances)
+        self._alive, self._copies = _launch.flat(lists, written=5)
         codes = _launch.DTYPE_CODES
-        theta, grad, first, second, largest, anchor, importance, integral, step = (
-            [t.data_ptr() for t in tensors] for tensors in (*lists, steps)
+        theta, first, second, largest, integral, grad, anchor, importance, step = (
+            [t.data_ptr() for t in tensors] for tensors in (*self._alive, steps)
         )
         numel = [t.numel() for t in params]
         a, b, c = ([codes[t.dtype] for t in tensors] for tensors in (params, anchors, importances))
@@ -45,13 +36,11 @@ class Lists:
             theta, grad, first, second, largest, anchor, importance, integral, step, numel, a, b, c
         )
         self.device = params[0].device
-        self._alive = lists
 
     def finish(self) -> None:
         """Bring what was copied and has changed back to where it lies."""
-        for tensor, packed in self._scattered:
-            if id(tensor) not in self._read_only:
-                tensor.copy_(packed)
+        for tensor, packed in self._copies:
+            tensor.copy_(packed)
 
 
 def step_cpu(name: str, lists: Lists, own: Sequence[Any], shared: tuple[float, float, float], *scalars: Any) -> None:

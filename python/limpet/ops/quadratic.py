@@ -64,19 +64,12 @@ class _Lists:
         anchors: Sequence[Tensor],
         importances: Sequence[Tensor],
     ) -> None:
-        lists = [list(params), list(grads), list(anchors), list(importances)]
-        self._scattered: list[tuple[Tensor, Tensor]] = []
-        for k in range(len(params)):
-            if not _launch.lie_alike([tensors[k] for tensors in lists if tensors]):
-                for tensors in filter(None, lists):
-                    tensors[k] = tensors[k].contiguous()
-                if grads and lists[1][k] is not grads[k]:
-                    self._scattered.append((grads[k], lists[1][k]))
+        lists, self._copies = _launch.flat((grads, params, anchors, importances), written=1)
         for tensors in lists[2:]:  # the packed formats hold two bytes at once
             for k, tensor in enumerate(tensors):
                 if tensor.dtype == torch.uint8 and tensor.data_ptr() % 2:
                     tensors[k] = tensor.clone()
-        theta, grad, anchor, importance = ([t.data_ptr() for t in tensors] for tensors in lists)
+        grad, theta, anchor, importance = ([t.data_ptr() for t in tensors] for tensors in lists)
         numel = [t.numel() for t in params]
         dtypes = [_launch.DTYPE_CODES[t.dtype] for t in params]
         stored_anchors = [_ANCHOR_CODES[t.dtype] for t in anchors]
@@ -88,7 +81,7 @@ class _Lists:
 
     def finish(self) -> None:
         """Bring gradients that were copied back to where they lie."""
-        for grad, packed in self._scattered:
+        for grad, packed in self._copies:
             grad.copy_(packed)
 
 

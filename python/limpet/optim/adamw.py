@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limpet import _launch
 from limpet.optim.base import Call, FusedOptimizer
 from limpet.optim.regularization import Regularizer
 
@@ -130,8 +131,8 @@ class AdamW(FusedOptimizer):
         state: dict[str, Tensor] = self.state[param]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
+            state["exp_avg"] = _launch.zeros_like(param)
+            state["exp_avg_sq"] = _launch.zeros_like(param)
         if amsgrad and "max_exp_avg_sq" not in state:
-            state["max_exp_avg_sq"] = torch.zeros_like(param)
+            state["max_exp_avg_sq"] = _launch.zeros_like(param)
         return state

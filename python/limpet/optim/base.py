@@ -152,7 +152,8 @@ class FusedOptimizer(torch.optim.Optimizer, ABC):
 
     def _check_grad(self, group: dict[str, Any], k: int, grad: Tensor) -> None:
         param = group["params"][k]
-        if grad.layout != torch.strided or grad.dtype != param.dtype or grad.device != param.device:
+        shape, dtype, device = param.shape, param.dtype, param.device
+        if grad.layout != torch.strided or grad.dtype != dtype or grad.device != device:
             raise RuntimeError(
                 f"the gradient of {self._name(group, k)} must be dense, {param.dtype} and on {param.device}, "
                 f"got {_checks.describe(grad)}"
@@ -160,9 +161,7 @@ class FusedOptimizer(torch.optim.Optimizer, ABC):
         state = self.state.get(param, {})
         for name in self._moments:
             moment = state.get(name)
-            if moment is not None and (
-                moment.shape != param.shape or moment.dtype != param.dtype or moment.device != param.device
-            ):
+            if moment is not None and (moment.shape != shape or moment.dtype != dtype or moment.device != device):
                 raise RuntimeError(
                     f"{name} of {self._name(group, k)} must be like the parameter, "
                     f"{_checks.describe(param.data)}, got {_checks.describe(moment)}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from limpet import _launch
 from limpet.optim.base import Call, FusedOptimizer
 from limpet.optim.regularization import Regularizer
 
@@ -97,7 +98,7 @@ class SGD(FusedOptimizer):
             if found_inf is not None and found_inf.item():
                 return  # momentum does not begin with a step that is skipped
             for param in call.params:
-                self.state[param]["momentum_buffer"] = torch.zeros_like(param)
+                self.state[param]["momentum_buffer"] = _launch.zeros_like(param)
         torch.ops.limpet.sgd_step_.default(
             call.params,
             call.grads,
