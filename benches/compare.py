@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -44,9 +45,11 @@ def interleave(calls: dict[str, Callable[[], Any]], *, once: bool) -> dict[str, 
     again = sum(_seconds(call) for call in calls.values())
     rounds = min(MAX_ROUNDS, max(MIN_ROUNDS, int(SECONDS / max(again, 1e-6))))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for index in range(rounds):
-        names = list(calls)
-        for name in names[index % len(names) :] + names[: index % len(names)]:
+    order = random.Random(0)  # a fixed rotation would give every candidate the same one before it, and its caches
+    names = list(calls)
+    for _ in range(rounds):
+        order.shuffle(names)
+        for name in names:
             seconds[name].append(_seconds(calls[name]))
     return seconds
 
