@@ -282,15 +282,18 @@ void bind_reservoir(py::module_& m) {
           const py::gil_scoped_release release;
           cpu::kernels().sample_without_replacement(population, count, seed, draw, pointer<std::int64_t>(sample));
         });
-  m.def("gather_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes, std::int64_t rows,
-                          Address index, std::int64_t count, int threads) {
-    const auto fields = row_fields(stored, batch, row_bytes);
+  // `ahead`: addresses of new rows that come first, ahead_rows of each field; or none.
+  m.def("gather_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
+                          const Addresses& ahead, std::int64_t ahead_rows, std::int64_t rows, Address index,
+                          std::int64_t count, int threads) {
+    auto fields = row_fields(stored, batch, row_bytes);
+    for (std::size_t f = 0; f < ahead.size(); ++f) fields[f].ahead = pointer<void>(ahead[f]);
     const auto* places = pointer<const std::int64_t>(index);
     for (std::int64_t k = 0; k < count; ++k)
       if (places[k] < 0 || places[k] >= rows)
         throw py::index_error("index must be in [0, " + std::to_string(rows) + "), got " + std::to_string(places[k]));
     const py::gil_scoped_release release;
-    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), places, count, threads);
+    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places, count, threads);
   });
 #if defined(LIMPET_CUDA)
   m.def("cuda_reservoir_slots", [](std::int64_t seen, std::int64_t count, std::int64_t capacity, std::uint64_t seed,

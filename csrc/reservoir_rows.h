@@ -10,6 +10,7 @@ struct RowField {
   void* stored;  // [capacity, row_bytes]
   void* batch;   // [count, row_bytes]
   std::int64_t row_bytes;
+  void* ahead = nullptr;  // [ahead, row_bytes]: new rows to be copied in front of gathered ones
 };
 
 // A batch of `count` items that follow the `*seen` items before it.

@@ -81,9 +81,9 @@ struct Kernels {
   // sample[k] in [0, population), all different; population at least count, below 2^63, and count at most 2^32.
   void (*sample_without_replacement)(std::int64_t population, std::int64_t count, std::uint64_t seed,
                                      std::uint64_t draw, std::int64_t* sample);
-  // Each field's batch[k] = stored[index[k]].
-  void (*gather_rows)(const RowField* fields, int num_fields, const std::int64_t* index, std::int64_t count,
-                      int threads);
+  // Each field's batch: `ahead` new rows, and behind them stored[index[k]].
+  void (*gather_rows)(const RowField* fields, int num_fields, std::int64_t ahead, const std::int64_t* index,
+                      std::int64_t count, int threads);
 };
 
 // The table in use, and its name: the best that the processor has, or the one LIMPET_CPU asks for.

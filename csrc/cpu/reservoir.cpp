@@ -18,6 +18,8 @@ constexpr std::int64_t kItems = 16384;          // of a chunk that one thread de
 constexpr std::int64_t kStride = 1024;          // items that share their bounds
 constexpr std::int64_t kSerialBytes = 1 << 20;  // copied by one thread: less than this is not worth waking another
 
+constexpr std::int64_t kFetched = 1 << 12;  // bytes of a row
+
 struct Accepted {
   std::int64_t slot, item;
 };
@@ -175,16 +177,36 @@ void sample_without_replacement(std::int64_t population, std::int64_t count, std
   }
 }
 
-void gather_rows(const RowField* fields, int num_fields, const std::int64_t* index, std::int64_t count, int threads) {
+// Sampled rows lie anywhere, so they are asked for two rows before they are copied.
+LIMPET_FORMULA void fetch(const char* row, std::int64_t row_bytes) {
+  const std::int64_t most = row_bytes < kFetched ? row_bytes : kFetched;
+  for (std::int64_t k = 0; k < most; k += 64) __builtin_prefetch(row + k);
+}
+
+void gather_rows(const RowField* fields, int num_fields, std::int64_t ahead, const std::int64_t* index,
+                 std::int64_t count, int threads) {
   std::int64_t bytes = 1;
   for (int f = 0; f < num_fields; ++f) bytes += fields[f].row_bytes;
   const std::int64_t rows = 1 + kSerialBytes / bytes;
-  parallel_for(threads, (count + rows - 1) / rows, [&](std::int64_t run, int) {
-    const std::int64_t begin = run * rows, end = begin + rows < count ? begin + rows : count;
-    for (int f = 0; f < num_fields; ++f)
-      for (std::int64_t k = begin; k < end; ++k)
-        std::memcpy(row(fields[f].batch, k, fields[f].row_bytes), row(fields[f].stored, index[k], fields[f].row_bytes),
-                    static_cast<std::size_t>(fields[f].row_bytes));
+  // Runs of new rows, which lie together, then runs of gathered ones; none has both.
+  const std::int64_t new_runs = (ahead + rows - 1) / rows, old_runs = (count + rows - 1) / rows;
+  parallel_for(threads, new_runs + old_runs, [&](std::int64_t run, int) {
+    const bool gathered = run >= new_runs;
+    const std::int64_t begin = (gathered ? run - new_runs : run) * rows, all = gathered ? count : ahead;
+    const std::int64_t end = begin + rows < all ? begin + rows : all;
+    for (int f = 0; f < num_fields; ++f) {
+      const RowField& field = fields[f];
+      const auto size = static_cast<std::size_t>(field.row_bytes);
+      if (!gathered) {
+        std::memcpy(row(field.batch, begin, field.row_bytes), row(field.ahead, begin, field.row_bytes),
+                    static_cast<std::size_t>(end - begin) * size);
+        continue;
+      }
+      for (std::int64_t k = begin; k < end; ++k) {
+        if (k + 2 < end) fetch(row(field.stored, index[k + 2], field.row_bytes), field.row_bytes);
+        std::memcpy(row(field.batch, ahead + k, field.row_bytes), row(field.stored, index[k], field.row_bytes), size);
+      }
+    }
   });
 }
 

@@ -190,7 +190,15 @@ def reservoir_insert(
 ) -> None: ...
 def sample_without_replacement(population: int, count: int, seed: int, draw: int, sample: int) -> None: ...
 def gather_rows(
-    stored: list[int], batch: list[int], row_bytes: list[int], rows: int, index: int, count: int, threads: int
+    stored: list[int],
+    batch: list[int],
+    row_bytes: list[int],
+    ahead: list[int],
+    ahead_rows: int,
+    rows: int,
+    index: int,
+    count: int,
+    threads: int,
 ) -> None: ...
 def cuda_reservoir_slots(
     seen: int, count: int, capacity: int, seed: int, slots: int, device: int, stream: int

@@ -14,7 +14,7 @@ from limpet import _checks, ops
 from limpet.buffers import files
 from limpet.buffers.memory import require_room
 from limpet.buffers.structure import Structure
-from limpet.ops.reservoir import gather_unchecked_, insert_unchecked_, seed_of
+from limpet.ops.reservoir import insert_unchecked_, mixed_unchecked, sample_unchecked, seed_of
 
 
 class ReservoirBuffer:
@@ -108,8 +108,7 @@ class ReservoirBuffer:
             TypeError: ``count`` is no integer.
             ValueError: ``count`` is negative, or the buffer holds fewer items.
         """
-        index = self._drawn(count)
-        return self._batch([field.new_empty((count, *field.shape[1:])) for field in self._fields], index, 0)
+        return self._structured(mixed_unchecked([], self._fields, self._drawn(count), 0))
 
     def sample_into(
         self, batch: Any, fraction: float = 0.2, *, transform: Callable[[Any], Any] | None = None
@@ -136,15 +135,10 @@ class ReservoirBuffer:
         new = self._like_first(batch)
         count = new[0].shape[0]
         replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
-        rows = [field.new_empty((count + replayed, *field.shape[1:])) for field in self._fields]
-        for out, tensor in zip(rows, new, strict=True):
-            out[:count] = tensor
         if transform is None or replayed == 0:
-            return self._batch(rows, self._drawn(replayed), count)
+            return self._structured(mixed_unchecked(new, self._fields, self._drawn(replayed), count))
         changed = self._like_first(transform(self.sample(replayed)))
-        for out, tensor in zip(rows, changed, strict=True):
-            out[count:] = tensor
-        return self._structured(rows)
+        return self._structured([torch.cat(pair) for pair in zip(new, changed, strict=True)])
 
     def __iter__(self) -> Iterator[Any]:
         """The items held, slot by slot, as rows of the structure that was added."""
@@ -328,9 +322,7 @@ class ReservoirBuffer:
         return self._draws - 1
 
     def _choice(self, population: int, count: int, device: torch.device) -> Tensor:  # int64 [count]
-        if count == 0:
-            return torch.empty(0, dtype=torch.int64, device=device)
-        return ops.sample_without_replacement(population, count, seed=self.seed, draw=self._next_draw(), device=device)
+        return sample_unchecked(population, count, self.seed, self._next_draw(), device)
 
     def _drawn(self, count: int) -> Tensor:  # int64 [count]
         """Places of different items."""
@@ -338,12 +330,6 @@ class ReservoirBuffer:
         if _checks.integer("count", count, minimum=0) > held:
             raise ValueError(f"count must be at most the {held} items held, got {count}")
         return self._choice(held, count, self._items.device)
-
-    def _batch(self, rows: list[Tensor], index: Tensor, first: int) -> Any:
-        """Rows as a batch, those from ``first`` on gathered from the buffer."""
-        if index.numel():
-            gather_unchecked_([out[first:] for out in rows], self._fields, index)
-        return self._structured(rows)
 
     def _keep(self, index: Tensor, capacity: int) -> None:
         """Allocate anew, with the rows of ``index`` in front."""

@@ -91,7 +91,7 @@ def _sample_cuda(sample: Tensor, population: int, seed: int, draw: int) -> None:
 
 def _gather_cpu(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
     places = stored[0].shape[0], index.data_ptr(), index.shape[0]
-    _core.gather_rows(*_rows(stored, rows), *places, _launch.threads())
+    _core.gather_rows(*_rows(stored, rows), [], 0, *places, _launch.threads())
 
 
 def _gather_cuda(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
@@ -134,13 +134,39 @@ def insert_unchecked_(
     (_insert_cpu if _plain(items) else _insert)(stored, items, seen, batch, seed)
 
 
-def gather_unchecked_(
-    rows: list[Tensor],  # [count, *] each
+def mixed_unchecked(
+    new: list[Tensor],  # [count, *] each
     stored: list[Tensor],  # [rows, *] each
-    index: Tensor,  # int64 [count]
-) -> None:
-    """:func:`gather_rows`, past the dispatcher where that is possible."""
-    (_gather_cpu if _plain(index) else _gather)(rows, stored, index)
+    index: Tensor,  # int64 [replayed]
+    count: int,
+) -> list[Tensor]:  # [count + replayed, *] each
+    """New rows, and stored ones behind them; ``new`` may be empty where ``count`` is 0."""
+    total = count + index.shape[0]
+    rows = [field.new_empty((total, *field.shape[1:])) for field in stored]
+    if _plain(index):
+        ahead = [t if t.is_contiguous() else t.contiguous() for t in new]
+        places = stored[0].shape[0], index.data_ptr(), index.shape[0]
+        _core.gather_rows(*_rows(stored, rows), [t.data_ptr() for t in ahead], count, *places, _launch.threads())
+        return rows
+    for out, tensor in zip(rows, new, strict=False):
+        out[:count] = tensor
+    if index.shape[0]:
+        _gather([out[count:] for out in rows], stored, index)
+    return rows
+
+
+def sample_unchecked(
+    population: int,
+    count: int,
+    seed: int,
+    draw: int,
+    device: torch.device,
+) -> Tensor:  # int64 [count]
+    """:func:`sample_without_replacement`, past the dispatcher where that is possible."""
+    sample = torch.empty(count, dtype=torch.int64, device=device)
+    if count:
+        (_sample_cpu if _plain(sample) else _sample)(sample, population, seed, draw)
+    return sample
 
 
 def _plain(tensor: Tensor) -> bool:
