@@ -2,13 +2,13 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
+['AccuracyMatrix', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
  'RWalk', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
+from limpet.methods import EWC, Composite, MemoryAwareSynapses, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
 from limpet.strength import suggest_strength
 
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EWC",
     "AccuracyMatrix",
+    "Composite",
     "DiagonalFisher",
     "FisherAccumulator",
     "MemoryAwareSynapses",

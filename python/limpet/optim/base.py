@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from limpet import _checks
-from limpet.optim.regularization import Quadratic, Regularization, Regularizer
+from limpet.methods.collapse import Quadratic
+from limpet.optim.regularization import Regularization, Regularizer
 
 
 @dataclass
