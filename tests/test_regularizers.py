@@ -17,7 +17,7 @@ PAGE = Path(__file__).parent.parent / "docs" / "regularizers.md"
 def test_the_page_runs():
     scope: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), scope)
     assert scope["si"].num_steps == 1

@@ -2,7 +2,7 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
+['AccuracyMatrix', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
  'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim',
  'suggest_strength']
 """
@@ -10,7 +10,7 @@
 from limpet import ops, optim
 from limpet.buffers import ReservoirBuffer
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, MemoryAwareSynapses, Replay, RWalk, SynapticIntelligence
+from limpet.methods import EWC, Composite, MemoryAwareSynapses, Replay, RWalk, SynapticIntelligence
 from limpet.metrics import AccuracyMatrix
 from limpet.strength import suggest_strength
 
@@ -19,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EWC",
     "AccuracyMatrix",
+    "Composite",
     "DiagonalFisher",
     "FisherAccumulator",
     "MemoryAwareSynapses",

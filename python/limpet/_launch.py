@@ -25,12 +25,12 @@ def workspace(size: int, device: torch.device) -> Tensor:  # [size] bytes
 _HUGE_PAGE = 2 << 20  # bytes
 
 
-def zeros_like(tensor: Tensor) -> Tensor:  # [*] -> [*]
+def zeros_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # [*] -> [*]
     """Zeros for what every step reads and writes: on the CPU in huge pages, where the system grants them.
 
     A processor fetches ahead to the end of a page only. Moments in huge pages take a tenth or more off a step of AdamW.
     """
-    result = torch.empty_like(tensor)
+    result = torch.empty_like(tensor, dtype=dtype, requires_grad=False)
     if type(result) is Tensor and result.device.type == "cpu" and result.nbytes >= 2 * _HUGE_PAGE:
         _core.prefer_huge_pages(result.data_ptr(), result.nbytes)
     return result.zero_()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from limpet import _checks, ops
+from limpet import _checks, _launch, ops
 from limpet.methods.quadratic import QuadraticRegularizer, named_tensors, placed
 from limpet.reference import wide
 
@@ -185,24 +185,54 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 self._seen[name] = _seen(param)
         self.num_steps += 1
 
-    def _before(self, *, by_hand: bool) -> Tensor:  # []
-        every = self._tracked()
-        learning = {name: p for name, p in every.items() if p.requires_grad}
+    def watch_step(self, pulled: Collection[str]) -> None:
+        """Keep the gradients of the step to come, to which another adds penalties; :meth:`after_step` follows.
+
+        Args:
+            pulled: names of the parameters that those penalties move, even without a gradient of the task.
+
+        Raises:
+            RuntimeError: an optimizer is attached, whose hooks would add the penalty a second time; or as
+                :meth:`before_step`.
+            TypeError: as :meth:`before_step`.
+        """
+        if self._optimizer is not None:
+            raise RuntimeError(f"{type(self).__name__} is attached to an optimizer: detach() it")
+        learning = self._learning(self._tracked())
+        for name, param in learning.items():
+            if param.grad is None and name in pulled:
+                param.grad = torch.zeros_like(param)
+        self._watch(learning, 0.0, None, by_hand=True)
+
+    def _learning(self, params: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Those that require a gradient, once it is clear that theirs can be read."""
+        learning = {name: p for name, p in params.items() if p.requires_grad}
         for name, param in learning.items():
             grad = param.grad
             if grad is not None and _checks.float_tensor(f"the gradient of {name!r}", grad).dtype != param.dtype:
                 raise TypeError(f"the gradient of {name!r} must be {param.dtype} as it is, got {grad.dtype}")
+        return learning
+
+    def _before(self, *, by_hand: bool) -> Tensor:  # []
+        every = self._tracked()
+        learning = self._learning(every)
         scale = None if by_hand else getattr(self._optimizer, "grad_scale", None)  # torch.amp.GradScaler sets it
         protected = {name: every[name] for name in self.importances}
         value = self._add_penalty_grad(protected, 1.0 if scale is None else float(scale))
+        self._watch(learning, self._lambda, scale, by_hand=by_hand)
+        return value
+
+    def _watch(
+        self, learning: Mapping[str, nn.Parameter], strength: float, scale: Tensor | None, *, by_hand: bool
+    ) -> None:
+        """Leave for :meth:`after_step` the gradients, in which there is a penalty of ``strength``."""
         params = {name: p for name, p in learning.items() if p.grad is not None}
         grads = {name: p.grad for name, p in params.items() if p.grad is not None}
         copies = {
             name: grad.detach().clone() for name, grad in grads.items() if by_hand or self._writes.get(name) is None
         }
         versions = {name: grad._version for name, grad in grads.items()}
-        self._step = _Step(params, self._lambda, scale, copies, versions, by_hand)
-        return value
+        self._step = _Step(params, strength, scale, copies, versions, by_hand)
 
     def _gradient(self, step: _Step, name: str, param: Tensor) -> Tensor:  # [*]
         """The gradient that the step was made with: ``.grad`` itself, or the copy where the step may have changed it.
@@ -271,7 +301,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
                 if not known:
                     self._track(name, param)
                 if previous:  # moved by something else than a step that was seen: no path to integrate
-                    self._previous[name] = param.detach().clone()
+                    self._previous[name] = _launch.zeros_like(param).copy_(param.detach())
             elif name in self.importances:
                 self._follow(name, param)
         return params
@@ -308,7 +338,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
             if name in tensors:
                 tensors[name] = placed(tensors[name], param)
             else:
-                tensors[name] = torch.zeros_like(param, dtype=wide(param.dtype), requires_grad=False)
+                tensors[name] = _launch.zeros_like(param, wide(param.dtype))
         self._seen[name] = _seen(param)
 
     # --- consolidation and state -------------------------------------------------------------------------------------
@@ -316,7 +346,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
     def _begin_task(self, importances: Mapping[str, Tensor]) -> None:
         """Take over importances by name, anchor the parameters here, and start new path integrals."""
         self._anchor_here(importances)
-        self.integrals = {name: torch.zeros_like(t) for name, t in self.integrals.items()}
+        self.integrals = {name: _launch.zeros_like(t) for name, t in self.integrals.items()}
         self.num_steps, self._step = 0, None
 
     def _check_path(self) -> dict[str, nn.Parameter]:

@@ -75,7 +75,9 @@ class QuadraticRegularizer:
         Raises:
             RuntimeError: a protected parameter has left the model or shrunk.
         """
-        return self._with_constant(ops.quadratic_penalty(*self._lists(self._protected()), self._lambda))
+        return self._with_constant(
+            ops.quadratic_penalty(*lists(self._protected(), self.anchors, self.importances), self._lambda)
+        )
 
     def add_penalty_grad_(self) -> Tensor:  # []
         """Add the penalty's gradient straight into each ``.grad``, in one pass; return the penalty without a graph.
@@ -154,32 +156,22 @@ class QuadraticRegularizer:
         return values
 
     @property
+    def offset(self) -> float:
+        """What :meth:`penalty` adds to the value of :meth:`quadratic`: merging left it over."""
+        return 0.5 * self._lambda * self.constant
+
+    @property
     def _lambda(self) -> float:
         """The strength as the ops take it: they halve."""
         return self._factor * self.strength
 
     def _add_penalty_grad(self, params: Mapping[str, nn.Parameter], scale: float) -> Tensor:  # []
         """Add ``scale`` times the gradient for what is protected; gives the penalty itself."""
-        learning = {name: p for name, p in params.items() if p.requires_grad}
-        frozen = {name: p for name, p in params.items() if not p.requires_grad}
-        value = ops.add_quadratic_penalty_grad_(*self._lists(learning), scale * self._lambda)
-        if scale != 1.0:
-            value = value / scale
-        if frozen:
-            with torch.no_grad():
-                value = value + ops.quadratic_penalty(*self._lists(frozen), self._lambda)
-        return self._with_constant(value)
+        value = add_grad_(params, self.anchors, self.importances, scale * self._lambda)
+        return self._with_constant(value if scale == 1.0 else value / scale)
 
     def _with_constant(self, value: Tensor) -> Tensor:  # [] -> []
-        return value + 0.5 * self._lambda * self.constant if self.constant else value
-
-    def _lists(self, params: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Parameters with their anchors and importances."""
-        return (
-            list(params.values()),
-            [self.anchors[name] for name in params],
-            [self.importances[name] for name in params],
-        )
+        return value + self.offset if self.constant else value
 
     def _check_model(self) -> dict[str, nn.Parameter]:
         """The model's parameters, once it is clear that it still holds what is protected."""
@@ -271,6 +263,29 @@ class QuadraticRegularizer:
                 held = self._storage.merged(placed(anchor, param, rest=param), placed(importance, param))[:2]
             self.anchors[name], self.importances[name] = (tensor.to(param.device) for tensor in held)
         self._packed_shapes[name] = param.shape
+
+
+def lists(
+    params: Mapping[str, Tensor], anchors: Mapping[str, Tensor], importances: Mapping[str, Tensor]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Parameters with their anchors and importances, as the ops take them."""
+    return list(params.values()), [anchors[name] for name in params], [importances[name] for name in params]
+
+
+def add_grad_(
+    params: Mapping[str, nn.Parameter],
+    anchors: Mapping[str, Tensor],
+    importances: Mapping[str, Tensor],
+    strength: float,
+) -> Tensor:  # []
+    """Add the gradient of ``strength / 2 * sum F (theta - anchor)^2`` to those that learn; gives the value for all."""
+    learning = {name: p for name, p in params.items() if p.requires_grad}
+    frozen = {name: p for name, p in params.items() if not p.requires_grad}
+    value = ops.add_quadratic_penalty_grad_(*lists(learning, anchors, importances), strength)
+    if frozen:
+        with torch.no_grad():
+            value = value + ops.quadratic_penalty(*lists(frozen, anchors, importances), strength)
+    return value
 
 
 def placed(

@@ -174,7 +174,8 @@ class RWalk(PathIntegralRegularizer):
             return
         self._window[name] = placed(self._window[name], param, rest=param)
         if previous is not None and previous.shape == param.shape:
-            self._window[name] += param.detach() - previous.to(param.device, dtype)  # no step made that way
+            # No step made that way. A new tensor: whoever goes back to the state before finds it unchanged.
+            self._window[name] = self._window[name] + (param.detach() - previous.to(param.device, dtype))
 
     def _update(self, params: Mapping[str, nn.Parameter], grads: Mapping[str, Tensor], strength: float) -> None:
         if any(not torch.equal(p.detach(), self._previous[name]) for name, p in params.items()):  # else it was skipped

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from limpet import _checks
-from limpet.optim.regularization import Quadratic, Regularization, Regularizer
+from limpet.methods.collapse import Quadratic
+from limpet.optim.regularization import Regularization, Regularizer
 
 
 @dataclass
@@ -68,13 +69,15 @@ class FusedOptimizer(torch.optim.Optimizer, ABC):
 
         Raises:
             ValueError: a setting of the group is out of range.
-            TypeError: a parameter is neither float32, float64, bfloat16 nor float16.
+            TypeError: a parameter is neither float32, float64, bfloat16 nor float16, or is sharded over processes.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
             self._check_settings(group)
             for k, param in enumerate(group["params"]):
+                if hasattr(param, "device_mesh"):  # a DTensor: its type imports slowly
+                    raise TypeError(f"{self._name(group, k)} must not be sharded over processes: use torch.optim")
                 if param.dtype not in _checks.FLOAT_DTYPES:
                     raise TypeError(
                         f"{self._name(group, k)} must be float32, float64, bfloat16 or float16, "

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from limpet import _checks
+from limpet.methods.collapse import Collapse, Quadratic
 from limpet.ops.narrow import PACKED_DTYPES
 from limpet.reference import wide
 
@@ -32,22 +33,6 @@ class Regularizer(Protocol):
         """
 
 
-class Quadratic(NamedTuple):
-    """The penalty ``strength / 2 * sum F (theta - anchor)^2`` of one parameter."""
-
-    anchor: Tensor  # [*]
-    importance: Tensor  # [*]
-    strength: float
-
-
-class _Merged(NamedTuple):
-    """A quadratic computed from several, and what it was computed from."""
-
-    parts: list[Quadratic]
-    versions: list[object]
-    result: Quadratic
-
-
 class Regularization:
     """The regularizers of one optimizer; parameters are matched by identity, through each regularizer's model."""
 
@@ -68,7 +53,7 @@ class Regularization:
         if len(integrating) > 1:
             raise ValueError(f"at most one of regularizers may have path integrals, got them in {integrating}")
         self._named: list[dict[str, nn.Parameter]] = [{} for _ in self._regularizers]
-        self._merged: dict[Tensor, _Merged] = {}
+        self._collapse = Collapse()
 
     def require_shared(self, params: Iterable[Tensor]) -> None:
         """Require that every regularizer's model has a parameter among ``params``."""
@@ -105,8 +90,7 @@ class Regularization:
                 _check(k, name, param, "anchor", quadratic.anchor)
                 _check(k, name, param, "importance", quadratic.importance)
                 found.setdefault(param, []).append(quadratic)
-        self._merged = {param: merged for param, merged in self._merged.items() if len(found.get(param, ())) > 1}
-        return {param: parts[0] if len(parts) == 1 else self._sum(param, parts) for param, parts in found.items()}
+        return self._collapse.sums(found)
 
     def integrals(self) -> dict[Tensor, Tensor]:
         """The path integral of each parameter that has one."""
@@ -131,35 +115,6 @@ class Regularization:
     def forget_names(self) -> None:
         """Look names up again at the next step."""
         self._named = [{} for _ in self._regularizers]
-
-    def _sum(self, param: Tensor, parts: list[Quadratic]) -> Quadratic:
-        """``sum s F`` and the anchor ``sum s F a / sum s F``: the same gradient. Computed again when a part changed."""
-        versions = [_version(tensor) for part in parts for tensor in part[:2]]
-        known = self._merged.get(param)
-        if known is None or known.versions != versions or not _same(known.parts, parts):
-            dtype = wide(param.dtype)
-            weights = [part.strength * part.importance.double() for part in parts]
-            total = torch.stack(weights).sum(0)
-            first = parts[0].anchor.double()
-            # From the first anchor on, so that equal anchors stay what they are and unimportant ones are defined.
-            offset = sum(w * (part.anchor.double() - first) for w, part in zip(weights, parts, strict=True))
-            anchor = first + torch.where(total == 0, 0.0, offset / total)
-            merged = [torch.empty_like(param, dtype=dtype).copy_(tensor) for tensor in (anchor, total)]
-            known = self._merged[param] = _Merged(parts, versions, Quadratic(merged[0], merged[1], 1.0))
-        return known.result
-
-
-def _same(old: list[Quadratic], new: list[Quadratic]) -> bool:
-    """Whether the same tensors enter with the same strengths."""
-    return len(old) == len(new) and all(
-        a.anchor is b.anchor and a.importance is b.importance and a.strength == b.strength
-        for a, b in zip(old, new, strict=True)
-    )
-
-
-def _version(tensor: Tensor) -> object:
-    """What differs once the tensor has been changed in place; always, for inference tensors, which do not count."""
-    return object() if tensor.is_inference() else tensor._version
 
 
 def _packed(k: int) -> TypeError:
