@@ -338,7 +338,12 @@ def test_channels_last_parameters_stay_one_flat_pass():
     assert ewc.importances["0.weight"].stride() == strides
 
 
-def test_training_with_a_compiled_step():
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]  # which runs a C++ compiler
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_training_with_a_compiled_step(backend):
     model = mlp()
     ewc = EWC(model, strength=1.0)
     ewc.consolidate(batches())
@@ -349,7 +354,7 @@ def test_training_with_a_compiled_step():
         return nn.functional.cross_entropy(model(x), y) + ewc.penalty()
 
     want = torch.autograd.grad(loss(), list(model.parameters()))
-    got = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(), list(model.parameters()))
+    got = torch.autograd.grad(torch.compile(loss, backend=backend)(), list(model.parameters()))
     for a, b in zip(got, want, strict=True):
         assert_close(a, b)
 

@@ -432,11 +432,16 @@ def test_beside_another_penalty():
         assert_close(si.integrals[name], t)
 
 
-def test_after_a_compiled_forward_and_backward():
+BACKENDS = ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]  # which runs a C++ compiler
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what torch's compiler imports
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_after_a_compiled_forward_and_backward(backend):
     model, data = mlp(), tasks(2, 3)
     other = copy.deepcopy(model)
     found = []
-    for net, wrap in ((model, lambda f: f), (other, lambda f: torch.compile(f, backend="aot_eager"))):
+    for net, wrap in ((model, lambda f: f), (other, lambda f: torch.compile(f, backend=backend))):
         optimizer = OPTIMIZERS["sgd"](net.parameters())
         si = SynapticIntelligence(net, optimizer, strength=1.0)
         loss = wrap(lambda x, y, net=net: F.cross_entropy(net(x), y))

@@ -313,7 +313,7 @@ def in_each_process(rank: int, rendezvous: str, folder: str) -> None:
             optimizer.step()
         si.consolidate()
     sharded = distribute_module(mlp(), init_device_mesh("cpu", (2,)))
-    with pytest.raises(TypeError, match=r"parameter '0.weight' must not be sharded over processes"):
+    with pytest.raises(TypeError, match=r"parameter '0.weight' must be sharded along every dimension of its mesh"):
         SynapticIntelligence(sharded, strength=1.0)
     torch.save(si.state_dict(), Path(folder) / f"{rank}.pt")
     distributed.destroy_process_group()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from limpet import _checks
 from limpet.fisher import batches as batch_reading
 from limpet.fisher.batches import Batch
+from limpet.methods import shards
 from limpet.methods.quadratic import QuadraticRegularizer, evaluating
 from limpet.methods.storage import NARROW_KEYS, Storage, latest
 
@@ -95,6 +96,7 @@ class MemoryAwareSynapses(QuadraticRegularizer):
         learning = {name: p for name, p in self._check_model().items() if p.requires_grad}
         if not learning:
             raise ValueError("model has no parameters that require a gradient")
+        shards.require_whole(learning)
         total = batch_reading.count(batches, max_samples)
         sums = {name: torch.zeros_like(p, dtype=torch.float64, requires_grad=False) for name, p in learning.items()}
         done = 0

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from limpet import _checks, _launch, ops
+from limpet.methods import shards
 from limpet.methods.quadratic import QuadraticRegularizer, named_tensors, placed
 from limpet.reference import wide
 
@@ -231,7 +232,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         copies = {
             name: grad.detach().clone() for name, grad in grads.items() if by_hand or self._writes.get(name) is None
         }
-        versions = {name: grad._version for name, grad in grads.items()}
+        versions = {name: _version(grad) for name, grad in grads.items()}
         self._step = _Step(params, strength, scale, copies, versions, by_hand)
 
     def _gradient(self, step: _Step, name: str, param: Tensor) -> Tensor:  # [*]
@@ -243,7 +244,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         counter without a change.
         """
         grad, copy = param.grad, step.copies.get(name)
-        written = -1 if grad is None else grad._version - step.versions[name]
+        written = -1 if grad is None else _version(grad) - step.versions[name]
         if copy is None:
             if grad is not None and written == self._writes[name]:
                 return grad
@@ -270,12 +271,12 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         free = [name for name in params if name not in self.importances or not strength]
         for names, anchored in ((protected, True), (free, False)):  # nearly always, one of them is empty
             ops.path_integral_update_(
-                [self.integrals[name] for name in names],
-                [self._previous[name] for name in names],
-                [params[name] for name in names],
-                [grads[name] for name in names],
-                anchors=[self.anchors[name] for name in names] if anchored else (),
-                importances=[self.importances[name] for name in names] if anchored else (),
+                [shards.local(self.integrals[name]) for name in names],
+                [shards.local(self._previous[name]) for name in names],
+                [shards.local(params[name]) for name in names],
+                [shards.local(grads[name]) for name in names],
+                anchors=[shards.local(self.anchors[name]) for name in names] if anchored else (),
+                importances=[shards.local(self.importances[name]) for name in names] if anchored else (),
                 strength=strength if anchored else 0.0,
             )
 
@@ -395,7 +396,12 @@ class PathIntegralRegularizer(QuadraticRegularizer):
 
 def _seen(param: Tensor) -> tuple[int, int]:
     """What tells whether a parameter was written to, or given other memory, without a look at its values."""
-    return param._version, param.data_ptr()
+    own = shards.local(param)
+    return own._version, own.data_ptr()
+
+
+def _version(tensor: Tensor) -> int:
+    return shards.local(tensor)._version
 
 
 def positive(name: str, value: Any) -> float:

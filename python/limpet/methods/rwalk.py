@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limpet import _checks
+from limpet.methods import shards
 from limpet.methods.path_integral import PathIntegralRegularizer, positive
 from limpet.methods.quadratic import named_tensors, placed, same_shapes
 from limpet.reference import wide
@@ -161,6 +162,11 @@ class RWalk(PathIntegralRegularizer):
 
     def __repr__(self) -> str:
         return f"RWalk(strength={self.strength:g}, interval={self.interval}, num_tasks={self.num_tasks})"
+
+    def _check_model(self) -> dict[str, nn.Parameter]:
+        params = super()._check_model()
+        shards.require_whole(params)  # importances are scaled by the largest of all
+        return params
 
     def _along_the_path(self) -> tuple[dict[str, Tensor], ...]:
         return self.integrals, self.fisher, self._task_scores

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from limpet import _checks, reference
+from limpet.methods.shards import is_sharded
 from limpet.ops.narrow import (
     PACKED_ANCHORS,
     PACKED_DTYPES,
@@ -81,6 +82,8 @@ class Storage:
         if not self.narrow:
             return
         for name, param in params.items():
+            if is_sharded(param):
+                raise TypeError(f"parameter {name!r} must not be sharded over processes with {self}")
             if param.dtype == torch.float64:
                 raise TypeError(
                     f"parameter {name!r} must not be float64 with {self}: they hold less, "
