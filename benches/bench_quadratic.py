@@ -5,13 +5,18 @@ from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
+from torch import nn
 
 from compare import interleave
-from limpet import ops, reference
-from op_cases import RESNET18_SHAPES, quadratic_inputs
+from limpet import EWC, ops, reference
+from op_cases import GPT2_SHAPES, RESNET18_SHAPES, quadratic_inputs
 
 FLOOR_BYTES = 20  # per float32 parameter: read theta, anchor, importance and grad, write grad
-SHAPES = {"one tensor of 50M": [(50_000_000,)], "ResNet-18, 62 tensors": RESNET18_SHAPES}
+SHAPES = {
+    "one tensor of 50M": [(50_000_000,)],
+    "ResNet-18, 62 tensors": RESNET18_SHAPES,
+    "GPT-2, 148 tensors": GPT2_SHAPES,
+}
 
 
 def loop(params, anchors, importances, strength):
@@ -59,10 +64,10 @@ def test_against_the_bytes_floor(name, compare, in_earnest):
     count = sum(p.numel() for p in tensors[0])
     source = torch.randn(50_000_000)
     target = torch.empty_like(source)
-    calls = candidates(tensors, in_earnest)
+    calls = candidates(tensors, in_earnest and not name.startswith("GPT"))  # whose loop takes minutes to compile
     calls["baseline"] = lambda: target.copy_(source)  # 8 bytes per element
     scale = FLOOR_BYTES * count / (8 * source.numel())
-    bound = "at most 1.15" if name.startswith("one") else ""
+    bound = "" if name.startswith("ResNet") else "at most 1.1"
     compare(f"penalty and gradient, {name}", "20 bytes each at copy speed", bound, calls, scale=scale)
 
 
@@ -76,7 +81,7 @@ NARROW = {
 }
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", list(SHAPES)[:2])
 def test_narrow_storage_against_float32(name, compare):
     params, anchors, importances = inputs(name)
 
@@ -118,3 +123,25 @@ def test_against_the_loop(allocator, compare, in_earnest, monkeypatch):
     bound = "at most 0.125" if allocator == "glibc defaults" else ""
     what = f"penalty and gradient, ResNet-18, 62 tensors, fresh process, {allocator}"
     compare(what, "loop with autograd", bound, seconds=seconds)
+
+
+@pytest.mark.parametrize("keep_tasks", [False, True])
+def test_ten_tasks(keep_tasks, compare):
+    model = nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 1024), nn.ReLU(), nn.Linear(1024, 10))
+    one, ten = EWC(model, 1.0), EWC(model, 1.0, keep_tasks=keep_tasks)
+    for ewc, tasks in ((one, 1), (ten, 10)):
+        for _ in range(tasks):
+            ewc.consolidate([(torch.randn(8, 784), torch.randint(10, (8,)))])
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    what = "EWC of 10 tasks" + (", each kept apart as well" if keep_tasks else "")
+    calls = {"ours": many(ten.add_penalty_grad_), "baseline": many(one.add_penalty_grad_)}
+    compare(what + ", the MLP's penalty and gradient", "the same of one task", "at most 1.02", calls)
+
+
+def many(call):
+    def repeated():
+        for _ in range(20):
+            call()
+
+    return repeated
