@@ -354,7 +354,7 @@ def test_training_with_a_compiled_step(backend):
         return nn.functional.cross_entropy(model(x), y) + ewc.penalty()
 
     want = torch.autograd.grad(loss(), list(model.parameters()))
-    got = torch.autograd.grad(torch.compile(loss, backend=backend)(), list(model.parameters()))
+    got = torch.autograd.grad(torch.compile(loss, backend=backend, fullgraph=True)(), list(model.parameters()))
     for a, b in zip(got, want, strict=True):
         assert_close(a, b)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing, nn
 
-from limpet import EWC, MemoryAwareSynapses, RWalk, SynapticIntelligence
+from limpet import EWC, MemoryAwareSynapses, SynapticIntelligence
 from tolerances import assert_close
 
 STEPS = 4
@@ -90,8 +90,6 @@ def a_penalty(rank, folder):
         MemoryAwareSynapses(model, 1.0).consolidate([data(2)])
     with pytest.raises(TypeError, match=r"'0\.weight' must not be sharded over processes with importance_format"):
         EWC(model, 1.0, importance_format="log8")
-    with pytest.raises(TypeError, match=r"'0\.weight' must not be sharded over processes"):
-        RWalk(model, strength=1.0)
 
 
 def test_the_penalty_is_the_sum_over_the_shards(tmp_path):

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from limpet.methods import shards
 from limpet.reference import wide
 
 
@@ -57,7 +58,7 @@ class Collapse:
                     part.strength * (part.importance * (part.anchor.double() - anchor).square_()).sum()
                     for part in merged.parts
                 )
-                merged.constant = float(sum(terms))
+                merged.constant = float(shards.reduced(torch.stack(list(terms)).sum()))
             total += merged.constant
         return total
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limpet import _checks, ops
+from limpet import _checks
+from limpet.methods import shards
 from limpet.methods.collapse import Collapse, Quadratic
 from limpet.methods.path_integral import PathIntegralRegularizer
 from limpet.methods.quadratic import QuadraticRegularizer, add_grad_, lists
@@ -79,7 +80,7 @@ class Composite:
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self._integrating):
             params, anchors, importances, strength = self._collapsed()
-            return ops.quadratic_penalty(*lists(params, anchors, importances), strength) + self._offset()
+            return shards.quadratic_penalty(*lists(params, anchors, importances), strength) + self._offset()
 
     def before_step(self) -> Tensor:  # []
         """Add the penalties' gradient to each ``.grad``, which holds the task's own; return the penalty.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from limpet import _checks
 from limpet.fisher import diagonal_fisher
+from limpet.methods import shards
 from limpet.methods.quadratic import QuadraticRegularizer, evaluating, named_tensors, same_shapes
 from limpet.methods.storage import NARROW_KEYS, Storage, latest
 
@@ -115,7 +116,7 @@ class EWC(QuadraticRegularizer):
             RuntimeError: as :func:`limpet.diagonal_fisher`, or a protected parameter has left the model or shrunk.
                 Whatever is raised, nothing has been consolidated then.
         """
-        self._check_model()  # before the expensive part
+        shards.require_whole(self._check_model())  # before the expensive part
         with evaluating(self.model):
             fisher = dict(
                 diagonal_fisher(

@@ -209,6 +209,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         """Those that require a gradient, once it is clear that theirs can be read."""
         learning = {name: p for name, p in params.items() if p.requires_grad}
         for name, param in learning.items():
+            shards.check_grad(name, param)
             grad = param.grad
             if grad is not None and _checks.float_tensor(f"the gradient of {name!r}", grad).dtype != param.dtype:
                 raise TypeError(f"the gradient of {name!r} must be {param.dtype} as it is, got {grad.dtype}")
@@ -232,7 +233,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         copies = {
             name: grad.detach().clone() for name, grad in grads.items() if by_hand or self._writes.get(name) is None
         }
-        versions = {name: _version(grad) for name, grad in grads.items()}
+        versions = {name: shards.version(grad) for name, grad in grads.items()}
         self._step = _Step(params, strength, scale, copies, versions, by_hand)
 
     def _gradient(self, step: _Step, name: str, param: Tensor) -> Tensor:  # [*]
@@ -244,7 +245,7 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         counter without a change.
         """
         grad, copy = param.grad, step.copies.get(name)
-        written = -1 if grad is None else _version(grad) - step.versions[name]
+        written = -1 if grad is None else shards.version(grad) - step.versions[name]
         if copy is None:
             if grad is not None and written == self._writes[name]:
                 return grad
@@ -252,8 +253,8 @@ class PathIntegralRegularizer(QuadraticRegularizer):
             raise RuntimeError(f"the gradient of {name!r} was changed between before_step() and after_step()")
         if step.scale is not None:
             copy.div_(step.scale)
-        if not step.by_hand and name not in self._writes and not torch.equal(param.detach(), self._previous[name]):
-            kept = grad is not None and (written == 0 or self._fused) and torch.equal(grad, copy)
+        if not step.by_hand and name not in self._writes and not _equal(param.detach(), self._previous[name]):
+            kept = grad is not None and (written == 0 or self._fused) and _equal(grad, copy)
             self._writes[name] = written if kept else None
         return copy
 
@@ -360,14 +361,14 @@ class PathIntegralRegularizer(QuadraticRegularizer):
         self._tracked(previous=bool(self._previous))
         params = {name: p for name, p in self.model.named_parameters() if name in self.integrals}
         for name, integral in self.integrals.items():
-            if not bool(integral.isfinite().all()):
+            if not bool(shards.reduced(integral.isfinite().all())):
                 raise RuntimeError(f"the path integral of {name!r} is not finite")
         return params
 
     def _check_seen(self, params: Mapping[str, nn.Parameter], found: Mapping[str, Tensor]) -> None:
         """Refuse importances of zero that come from a bookkeeping that never saw the parameters move."""
         moved = any(not torch.equal(p.detach().to(self.anchors[n].dtype), self.anchors[n]) for n, p in params.items())
-        if moved and not any(bool(t.any()) for t in found.values()):
+        if moved and not any(bool(shards.reduced(t.any())) for t in found.values()):
             raise RuntimeError(
                 "every path integral is zero, but the parameters moved: they are not trained by the steps that were "
                 "seen, or every gradient was zero"
@@ -396,12 +397,12 @@ class PathIntegralRegularizer(QuadraticRegularizer):
 
 def _seen(param: Tensor) -> tuple[int, int]:
     """What tells whether a parameter was written to, or given other memory, without a look at its values."""
-    own = shards.local(param)
-    return own._version, own.data_ptr()
+    return shards.version(param), shards.local(param).data_ptr()
 
 
-def _version(tensor: Tensor) -> int:
-    return shards.local(tensor)._version
+def _equal(one: Tensor, other: Tensor) -> bool:  # [*], [*]
+    """Whether they are equal as far as this process holds them."""
+    return torch.equal(shards.local(one), shards.local(other))
 
 
 def positive(name: str, value: Any) -> float:

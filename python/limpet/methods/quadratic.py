@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limpet import _checks, ops
+from limpet import _checks
 from limpet.methods import shards
 from limpet.methods.storage import WIDE, Rule, Storage, read_packed, read_storage, rounding
 from limpet.reference import wide
@@ -76,9 +76,9 @@ class QuadraticRegularizer:
         Raises:
             RuntimeError: a protected parameter has left the model or shrunk.
         """
-        params = self._protected()
-        value = ops.quadratic_penalty(*lists(params, self.anchors, self.importances), self._lambda)
-        return self._with_constant(shards.total(value, params.values()))
+        return self._with_constant(
+            shards.quadratic_penalty(*lists(self._protected(), self.anchors, self.importances), self._lambda)
+        )
 
     def add_penalty_grad_(self) -> Tensor:  # []
         """Add the penalty's gradient straight into each ``.grad``, in one pass; return the penalty without a graph.
@@ -177,18 +177,14 @@ class QuadraticRegularizer:
     def _check_model(self) -> dict[str, nn.Parameter]:
         """The model's parameters, once it is clear that it still holds what is protected."""
         params = dict(self.model.named_parameters())
-        shards.check(params)
+        shards.check(params, self.anchors)
         self._storage.check(params)
         missing = self.importances.keys() - params.keys()
         if missing:
             raise RuntimeError(f"the model has lost parameters that are protected: {sorted(missing)}")
         for name, importance in self.importances.items():
             old, new = self._packed_shapes.get(name, importance.shape), params[name].shape
-            if old != new and (
-                len(old) != len(new)
-                or any(a > b for a, b in zip(old, new, strict=True))
-                or shards.is_sharded(params[name])
-            ):
+            if old != new and (len(old) != len(new) or any(a > b for a, b in zip(old, new, strict=True))):
                 raise RuntimeError(
                     f"parameter {name!r} was consolidated with shape {list(old)}; "
                     f"it may grow, but has shape {list(new)}"
@@ -271,12 +267,8 @@ class QuadraticRegularizer:
 def lists(
     params: Mapping[str, Tensor], anchors: Mapping[str, Tensor], importances: Mapping[str, Tensor]
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Parameters with their anchors and importances, as the ops take them: of those that are sharded, the shards."""
-    return (
-        [shards.local(param) for param in params.values()],
-        [shards.local(anchors[name]) for name in params],
-        [shards.local(importances[name]) for name in params],
-    )
+    """Parameters with their anchors and importances, as the ops take them."""
+    return list(params.values()), [anchors[name] for name in params], [importances[name] for name in params]
 
 
 def add_grad_(
@@ -288,17 +280,13 @@ def add_grad_(
     """Add the gradient of ``strength / 2 * sum F (theta - anchor)^2`` to those that learn; gives the value for all."""
     learning = {name: p for name, p in params.items() if p.requires_grad}
     frozen = {name: p for name, p in params.items() if not p.requires_grad}
-    tensors = lists(learning, anchors, importances)
-    places = {k: shards.LocalGrad(param) for k, param in enumerate(learning.values()) if shards.is_sharded(param)}
-    for k, place in places.items():
-        tensors[0][k] = place.leaf
-    value = ops.add_quadratic_penalty_grad_(*tensors, strength)
-    for place in places.values():
-        place.write_back()
+    for name, param in learning.items():
+        shards.check_grad(name, param)
+    value = shards.add_quadratic_penalty_grad_(*lists(learning, anchors, importances), strength)
     if frozen:
         with torch.no_grad():
-            value = value + ops.quadratic_penalty(*lists(frozen, anchors, importances), strength)
-    return shards.total(value, params.values())
+            value = value + shards.quadratic_penalty(*lists(frozen, anchors, importances), strength)
+    return value
 
 
 def placed(
@@ -306,16 +294,10 @@ def placed(
 ) -> Tensor:  # [*], [*], [*] -> [*]
     """A tensor on its parameter's device, in its wide dtype, and grown to its size with ``rest`` (zeros if None)."""
     dtype = dtype or wide(param.dtype)
-    sharded = shards.is_sharded(param)
-    if (
-        tensor.shape == param.shape
-        and tensor.dtype == dtype
-        and tensor.device == param.device
-        and shards.is_sharded(tensor) == sharded
-    ):
+    if shards.is_sharded(param):
+        return shards.placed(tensor, param, dtype)
+    if tensor.shape == param.shape and tensor.dtype == dtype and tensor.device == param.device:
         return tensor
-    if sharded and not shards.is_sharded(tensor):  # from the state of a whole model
-        return shards.like(tensor.to(param.device, dtype), param)
     with torch.inference_mode(False), torch.no_grad():  # it outlives this call
         result = torch.zeros_like(param, dtype=dtype) if rest is None else rest.detach().to(dtype, copy=True)
         result[tuple(slice(size) for size in tensor.shape)] = tensor.to(param.device, dtype)

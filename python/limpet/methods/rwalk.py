@@ -114,7 +114,7 @@ class RWalk(PathIntegralRegularizer):
             old = self.scores.get(name)
             scores[name] = new if old is None else new.add_(placed(old, param)).div_(2)
             for what, tensor in (("score", scores[name]), ("Fisher information", self.fisher[name])):
-                if not bool(tensor.isfinite().all()):
+                if not bool(shards.reduced(tensor.isfinite().all())):
                     raise RuntimeError(f"the {what} of {name!r} is not finite")
         fisher = _scaled({name: self.fisher[name] for name in params})
         scaled = _scaled(scores)
@@ -163,11 +163,6 @@ class RWalk(PathIntegralRegularizer):
     def __repr__(self) -> str:
         return f"RWalk(strength={self.strength:g}, interval={self.interval}, num_tasks={self.num_tasks})"
 
-    def _check_model(self) -> dict[str, nn.Parameter]:
-        params = super()._check_model()
-        shards.require_whole(params)  # importances are scaled by the largest of all
-        return params
-
     def _along_the_path(self) -> tuple[dict[str, Tensor], ...]:
         return self.integrals, self.fisher, self._task_scores
 
@@ -181,7 +176,7 @@ class RWalk(PathIntegralRegularizer):
         self._window[name] = placed(self._window[name], param, rest=param)
         if previous is not None and previous.shape == param.shape:
             # No step made that way. A new tensor: whoever goes back to the state before finds it unchanged.
-            self._window[name] = self._window[name] + (param.detach() - previous.to(param.device, dtype))
+            self._window[name] = self._window[name] + (param.detach() - placed(previous, param))
 
     def _update(self, params: Mapping[str, nn.Parameter], grads: Mapping[str, Tensor], strength: float) -> None:
         if any(not torch.equal(p.detach(), self._previous[name]) for name, p in params.items()):  # else it was skipped
@@ -200,8 +195,8 @@ class RWalk(PathIntegralRegularizer):
 
 def _scaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Scaled to [0, 1] over all tensors; zeros where all values are the same."""
-    bounds = [t.aminmax() for t in tensors.values() if t.numel()]
-    low, high = min(float(low) for low, _ in bounds), max(float(high) for _, high in bounds)
+    bounds = [shards.extremes(t) for t in tensors.values() if t.numel()]
+    low, high = min(low for low, _ in bounds), max(high for _, high in bounds)
     return {name: (t - low) / (high - low) if high > low else torch.zeros_like(t) for name, t in tensors.items()}
 
 
