@@ -327,8 +327,20 @@ def test_refused_settings(arguments, error, words):
         ReservoirBuffer(**arguments)
 
 
+def test_new_rows_keep_their_graph():
+    buffer = ReservoirBuffer(10)
+    x = torch.randn(6, 2, requires_grad=True)
+    buffer.add(x)
+    mixed = buffer.sample_into(x, fraction=0.5)
+    (2 * mixed).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 2.0))
+    assert not buffer.sample(3).requires_grad
+
+
 def test_refused_uses():
     buffer = ReservoirBuffer(4)
+    with pytest.raises(RuntimeError, match="the buffer has seen no batch yet"):
+        buffer.sample(0)
     with pytest.raises(ValueError, match="at most the 0 items held, got 1"):
         buffer.sample(1)
     buffer.add(torch.arange(3))

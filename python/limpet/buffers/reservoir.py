@@ -107,8 +107,12 @@ class ReservoirBuffer:
         Raises:
             TypeError: ``count`` is no integer.
             ValueError: ``count`` is negative, or the buffer holds fewer items.
+            RuntimeError: nothing was added yet, so that there is no structure to give.
         """
-        return self._structured(mixed_unchecked([], self._fields, self._drawn(count), 0))
+        index = self._drawn(count)
+        if self._structure is None:
+            raise RuntimeError("the buffer has seen no batch yet")
+        return self._structured(mixed_unchecked([], self._fields, index, 0))
 
     def sample_into(
         self, batch: Any, fraction: float = 0.2, *, transform: Callable[[Any], Any] | None = None
@@ -135,10 +139,12 @@ class ReservoirBuffer:
         new = self._like_first(batch)
         count = new[0].shape[0]
         replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
-        if transform is None or replayed == 0:
+        if transform is None and not any(field.requires_grad for field in new):
             return self._structured(mixed_unchecked(new, self._fields, self._drawn(replayed), count))
-        changed = self._like_first(transform(self.sample(replayed)))
-        return self._structured([torch.cat(pair) for pair in zip(new, changed, strict=True)])
+        sampled = self.sample(replayed)
+        if transform is not None and replayed:
+            sampled = transform(sampled)
+        return self._structured([torch.cat(pair) for pair in zip(new, self._like_first(sampled), strict=True)])
 
     def __iter__(self) -> Iterator[Any]:
         """The items held, slot by slot, as rows of the structure that was added."""
