@@ -365,6 +365,12 @@ def test_a_capacity_that_no_memory_holds():
     assert buffer.seen == 0
 
 
+def filled(batch):
+    buffer = ReservoirBuffer(4)
+    buffer.add(batch)
+    return buffer
+
+
 @pytest.mark.parametrize(
     ("change", "error"),
     [
@@ -374,6 +380,8 @@ def test_a_capacity_that_no_memory_holds():
         ({"items": torch.arange(2)}, ValueError),
         ({"fields": [torch.zeros(2)]}, ValueError),
         ({"structure": None}, ValueError),
+        ({"structure": "no JSON"}, ValueError),
+        ({"structure": filled((torch.zeros(1), torch.zeros(1))).state_dict()["structure"]}, ValueError),
         ({"more": 1}, ValueError),
     ],
 )

@@ -200,3 +200,18 @@ def test_refused_insertions_change_nothing(change, error, words):
 def test_refused_samples(arguments, words):
     with pytest.raises(ValueError, match=words):
         ops.sample_without_replacement(*arguments, seed=0, draw=0)
+
+
+@pytest.mark.parametrize(
+    ("stored", "index", "error", "words"),
+    [
+        (torch.zeros(4, 2), torch.tensor([0]), TypeError, "stored must be a list or tuple of tensors"),
+        ([], torch.tensor([0]), ValueError, "as many fields and at least one"),
+        ([torch.zeros(4, 2)], torch.tensor([0.0]), TypeError, "index must be an int64 tensor"),
+        ([torch.zeros(4, 2)], [0], TypeError, "index must be a torch.Tensor"),
+        ([torch.zeros(4, 2)], torch.tensor(0), ValueError, r"index must be of shape \[count\]"),
+    ],
+)
+def test_refused_gathering(stored, index, error, words):
+    with pytest.raises(error, match=words):
+        ops.gather_rows(stored, index)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -52,11 +51,13 @@ def checked(state: Any) -> State:
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state beside ``path``, and rename it once it is on the disk."""
+    from safetensors.torch import save_file
+
     tensors = {"items": state["items"], **{f"field.{k}": field for k, field in enumerate(state["fields"])}}
     text = {name: str(state[name]) for name in _NUMBERS} | {"format": _FORMAT, "structure": state["structure"] or ""}
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        _safetensors().save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, text)
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, beside, text)
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
@@ -79,9 +80,3 @@ def load(path: Path) -> dict[str, Any]:
         return {**numbers, "structure": text["structure"] or None, "items": tensors["items"], "fields": fields}
     except (SafetensorError, ValueError, KeyError) as error:
         raise ValueError(f"path must be a whole file of a saved buffer, got {str(path)!r}: {error}") from error
-
-
-def _safetensors() -> ModuleType:
-    import safetensors.torch
-
-    return safetensors.torch

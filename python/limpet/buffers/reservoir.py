@@ -246,7 +246,7 @@ class ReservoirBuffer:
         device = self._device or (read.fields[0].device if read.fields else torch.device("cpu"))
         restored = ReservoirBuffer(read.capacity, seed=read.seed, device=self._device)
         if read.structure is not None:
-            restored._structure = Structure.from_text(read.structure)
+            restored._structure = Structure.from_text(read.structure, len(read.fields))
             restored._allocate(read.fields, device)
             for field, rows in zip([restored._items, *restored._fields], [read.items, *read.fields], strict=True):
                 field[: rows.shape[0]] = rows

@@ -29,9 +29,19 @@ class Structure:
         return Structure(spec), fields
 
     @staticmethod
-    def from_text(text: str) -> Structure:
-        """From :meth:`to_text`."""
-        return Structure(pytree.treespec_loads(text))
+    def from_text(text: str, count: int) -> Structure:
+        """From :meth:`to_text`, for so many fields.
+
+        Raises:
+            ValueError: it is no such text, or has not as many fields.
+        """
+        try:
+            spec = pytree.treespec_loads(text)
+        except (NotImplementedError, LookupError, TypeError) as error:
+            raise ValueError(f"structure must be one that was saved, got {_checks.describe(text)}") from error
+        if spec.num_leaves != count:
+            raise ValueError(f"structure must have {count} fields, got {spec}")
+        return Structure(spec)
 
     def to_text(self) -> str:
         """As JSON.

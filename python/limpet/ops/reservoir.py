@@ -306,10 +306,11 @@ def gather_rows(
     [tensor([[4., 5.],
             [0., 1.]]), tensor([2, 0])]
     """
-    int64("index", index, None, stored[0] if stored else index)
+    fields, _ = row_lists("stored", stored, "stored", stored)
+    int64("index", index, None, fields[0])
     count = index.shape[0]
-    rows = [t.new_empty((count, *t.shape[1:])) for t in stored] if into is None else list(into)
-    fields, rows = row_lists("stored", stored, "into", rows)
+    rows = [t.new_empty((count, *t.shape[1:])) for t in fields] if into is None else into
+    fields, rows = row_lists("stored", fields, "into", rows)
     for k, out in enumerate(rows):
         if out.shape[0] != count or not out.is_contiguous():
             raise ValueError(f"into[{k}] must have {count} rows without gaps, got {_checks.describe(out)}")
