@@ -351,6 +351,10 @@ def test_refused_uses():
         buffer.sample_into(torch.arange(3), fraction=1.0)
     with pytest.raises(TypeError, match="other must be a ReservoirBuffer"):
         buffer.merge([1])
+    with pytest.raises(ValueError, match="other must be another buffer"):
+        buffer.merge(buffer)
+    with pytest.raises(OSError, match="can be written"):
+        buffer.save("no such folder/buffer")
     small = ReservoirBuffer(2)
     small.add(torch.arange(30))
     with pytest.raises(ValueError, match="other must hold 4 items"):

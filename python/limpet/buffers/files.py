@@ -51,6 +51,7 @@ def checked(state: Any) -> State:
 
 def save(path: Path, state: Mapping[str, Any]) -> None:
     """Write a state beside ``path``, and rename it once it is on the disk."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     tensors = {"items": state["items"], **{f"field.{k}": field for k, field in enumerate(state["fields"])}}
@@ -61,6 +62,8 @@ def save(path: Path, state: Mapping[str, Any]) -> None:
         with open(beside, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except SafetensorError as error:
+        raise OSError(f"path must be a file that can be written, got {str(path)!r}: {error}") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -191,11 +191,13 @@ class ReservoirBuffer:
 
         Raises:
             TypeError: ``other`` is no :class:`ReservoirBuffer`.
-            ValueError: its items have another structure, dtype or shape, or it has passed over items and holds fewer
-                than this buffer's capacity. Nothing has changed then.
+            ValueError: it is this buffer itself, its items have another structure, dtype or shape, or it passed over
+                items and holds fewer than this buffer's capacity. Nothing has changed then.
         """
         if not isinstance(other, ReservoirBuffer):
             raise TypeError(f"other must be a ReservoirBuffer, got {_checks.describe(other)}")
+        if other is self:
+            raise ValueError("other must be another buffer: this one's items would count twice")
         if other.seen == 0:
             return
         if other.capacity < min(self.capacity, other.seen):
