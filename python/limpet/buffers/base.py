@@ -35,6 +35,13 @@ class Buffer(ABC):
     _NOTES: ClassVar[dict[str, torch.dtype]] = {"items": torch.int64}  # of each slot; the attribute `_items`, and so on
 
     _items: Tensor  # int64 [capacity], the number of the item in each slot; -1 in free ones
+    _count: int  # items seen, as the host knows it: reading the device's number would wait for the device
+    _seen: Tensor  # int64 [], the same
+    _structure: Structure | None
+    _fields: list[Tensor]  # [capacity, *] each
+    _rows: list[tuple[torch.dtype, torch.Size]]  # of each field: dtype and shape of a row
+    _known: list[Any]  # dtypes, shapes and devices of the last batch that was like the first
+    _here: bool  # whether that one was on the buffer's device
 
     def __init__(
         self,
@@ -124,12 +131,12 @@ class Buffer(ABC):
         if self._structure is None:
             return batch
         new = self._checked(batch)
-        here = all([field.device == self._device for field in new])
+        here = self._here
         if not here and self.storage == "device":
             new, here = [field.to(self._device) for field in new], True
         count = new[0].shape[0]
         replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
-        if here and transform is None and not any([field.requires_grad for field in new]):
+        if here and transform is None and not any(field.requires_grad for field in new):
             return self._structured(self._replayed(new, count, replayed))
         sampled = self.sample(replayed)
         if transform is not None and replayed:
@@ -258,12 +265,10 @@ class Buffer(ABC):
 
     def _forget(self) -> None:
         """Be without items and without structure."""
-        self._count = 0  # items seen, as the host knows it: reading the device's number would wait for the device
+        self._count = 0
         self._seen = torch.zeros((), dtype=torch.int64) if self._folder is None else self._folder.allocate([])[1]
-        self._structure: Structure | None = None
-        self._fields: list[Tensor] = []  # [capacity, *] each
-        self._rows: list[tuple[torch.dtype, torch.Size]] = []  # of each field: dtype and shape of a row
-        self._known: list[Any] = []  # dtypes and shapes of the last batch that was like the first
+        self._structure = None
+        self._fields, self._rows, self._known, self._here = [], [], [], True
         self._set_notes([torch.empty(0, dtype=dtype) for dtype in self._NOTES.values()])
 
     def _begin(self, batch: Any) -> None:
@@ -317,14 +322,15 @@ class Buffer(ABC):
 
     def _like_first(self, batch: Any) -> list[Tensor]:
         """The fields of a batch on the buffer's device, once they are known to be like the first batch's."""
-        return [field if field.device == self._device else field.to(self._device) for field in self._checked(batch)]
+        fields = self._checked(batch)
+        return fields if self._here else [field.to(self._device) for field in fields]
 
     def _checked(self, batch: Any) -> list[Tensor]:
         """The fields of a batch wherever they are, once they are known to be like the first batch's."""
         if self._structure is None:
             raise RuntimeError("the buffer has seen no batch yet")
         fields = self._structure.fields(batch)
-        known = [(field.dtype, field.shape) for field in fields]
+        known = [(field.dtype, field.shape, field.device) for field in fields]
         if known == self._known:  # the usual case, in a fraction of the time
             return fields
         count = fields[0].shape[:1]
@@ -337,6 +343,7 @@ class Buffer(ABC):
                     f"got {_checks.describe(field)}"
                 )
         self._known = known
+        self._here = all(field.device == self._device for field in fields)
         return fields
 
     def _set_seen(self, count: int) -> None:

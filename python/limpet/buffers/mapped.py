@@ -136,15 +136,15 @@ class Folder:
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         if (path / _HEADER).exists():
-            raise ValueError(f"path must be a new folder, got {str(path)!r} with a buffer in it: open() goes on with it")
+            raise ValueError(
+                f"path must be a new folder, got {str(path)!r} with a buffer in it: open() goes on with it"
+            )
         if unknown := [entry.name for entry in path.iterdir() if entry.name != "lock" and not entry.name.isdigit()]:
             raise ValueError(f"path must be a new or empty folder, got {str(path)!r} with {unknown[0]!r} in it")
         return cls(path)
 
     @classmethod
-    def open(
-        cls, path: str | os.PathLike[str], kind: str, notes: Mapping[str, torch.dtype]
-    ) -> tuple[Folder, Header]:
+    def open(cls, path: str | os.PathLike[str], kind: str, notes: Mapping[str, torch.dtype]) -> tuple[Folder, Header]:
         """One that is there, with everything done that its journal says.
 
         Raises:
@@ -247,11 +247,9 @@ class Folder:
                 shutil.rmtree(entry)
 
 
-_DTYPES = {
-    str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
-}
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor without gaps."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data

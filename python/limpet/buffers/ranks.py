@@ -50,9 +50,7 @@ def merge(buffer: ReservoirBuffer, group: distributed.ProcessGroup | None) -> No
     if not isinstance(group, distributed.ProcessGroup):
         raise TypeError(f"group must be a process group of this process or None, got {_checks.describe(group)}")
     device = None if buffer.device is None else buffer.device.type
-    mine = _Described(
-        buffer.capacity, buffer.seed, buffer.seen, buffer._draws, buffer._structure, buffer._rows, device
-    )
+    mine = _Described(buffer.capacity, buffer.seed, buffer.seen, buffer._draws, buffer._structure, buffer._rows, device)
     every: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(every, mine, group)
     _require_alike(every)

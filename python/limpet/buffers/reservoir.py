@@ -76,10 +76,10 @@ class ReservoirBuffer(Buffer):
         count = fields[0].shape[0]
         if not count:
             return
-        if self.storage == "mmap" or (self.storage == "pinned" and not all([field.is_cpu for field in fields])):
+        if self.storage == "mmap" or (self.storage == "pinned" and not self._here):
             self._add_accepted(fields, count)
             return
-        if not all([field.device == self._device for field in fields]):
+        if not self._here:
             fields = [field.to(self._device) for field in fields]
         insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
         self._count += count
