@@ -189,11 +189,11 @@ void gather_rows(const RowField* fields, int num_fields, std::int64_t ahead, con
   std::int64_t bytes = 1;
   for (int f = 0; f < num_fields; ++f) bytes += fields[f].row_bytes;
   const std::int64_t rows = 1 + kGatheredBytes / bytes;
-  // Runs of new rows, which lie together, then runs of gathered ones; none has both.
+  // Runs of gathered rows, which take longest and so come first, then runs of new ones, which lie together.
   const std::int64_t new_runs = (ahead + rows - 1) / rows, old_runs = (count + rows - 1) / rows;
   parallel_for(threads, new_runs + old_runs, [&](std::int64_t run, int) {
-    const bool gathered = run >= new_runs;
-    const std::int64_t begin = (gathered ? run - new_runs : run) * rows, all = gathered ? count : ahead;
+    const bool gathered = run < old_runs;
+    const std::int64_t begin = (gathered ? run : run - old_runs) * rows, all = gathered ? count : ahead;
     const std::int64_t end = begin + rows < all ? begin + rows : all;
     for (int f = 0; f < num_fields; ++f) {
       const RowField& field = fields[f];

@@ -17,7 +17,7 @@ from limpet.buffers import files
 from limpet.buffers.mapped import Folder, Header
 from limpet.buffers.memory import require_room
 from limpet.buffers.structure import Structure
-from limpet.ops.reservoir import gather_rows, mixed_unchecked, sample_unchecked, seed_of
+from limpet.ops.reservoir import Row, gather_rows, mixed_unchecked, sample_unchecked, seed_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -39,9 +39,9 @@ class Buffer(ABC):
     _seen: Tensor  # int64 [], the same
     _structure: Structure | None
     _fields: list[Tensor]  # [capacity, *] each
-    _rows: list[tuple[torch.dtype, torch.Size]]  # of each field: dtype and shape of a row
-    _known: list[Any]  # dtypes, shapes and devices of the last batch that was like the first
-    _here: bool  # whether that one was on the buffer's device
+    _rows: list[Row]  # of each field
+    _known: list[Any]  # what was looked at in the last batch that was like the first
+    _here: bool  # whether that one was on the buffer's device, and without gradients
 
     def __init__(
         self,
@@ -125,18 +125,19 @@ class Buffer(ABC):
             TypeError: as :meth:`add`, for the batch and for what ``transform`` gives; or ``fraction`` is no number.
             ValueError: as :meth:`add`, likewise; or ``fraction`` is out of range.
         """
-        fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
-        if fraction >= 1.0:
-            raise ValueError(f"fraction must be below 1, got {fraction}")
+        if type(fraction) is not float or not 0.0 <= fraction < 1.0:  # spelled out: this is called at every step
+            fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
+            if fraction >= 1.0:
+                raise ValueError(f"fraction must be below 1, got {fraction}")
         if self._structure is None:
             return batch
         new = self._checked(batch)
-        here = self._here
-        if not here and self.storage == "device":
-            new, here = [field.to(self._device) for field in new], True
+        fused = self._here and transform is None
+        if not self._here and self.storage == "device":
+            new = [field.to(self._device) for field in new]
         count = new[0].shape[0]
         replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
-        if here and transform is None and not any(field.requires_grad for field in new):
+        if fused:
             return self._structured(self._replayed(new, count, replayed))
         sampled = self.sample(replayed)
         if transform is not None and replayed:
@@ -246,7 +247,7 @@ class Buffer(ABC):
         buffer.storage, buffer._device, buffer._folder = "mmap", _CPU, folder
         if header.structure is not None:
             buffer._structure = Structure.from_text(header.structure, len(header.rows))
-            buffer._rows = [(dtype, torch.Size(shape)) for dtype, shape in header.rows]
+            buffer._rows = [_row(dtype, shape) for dtype, shape in header.rows]
             buffer._adopt(folder.tensors)
         buffer._seen, buffer._count, buffer._draws = folder.seen, int(folder.seen), folder.draws
         return buffer
@@ -286,22 +287,25 @@ class Buffer(ABC):
         self._settle()
 
     def _allocate(self, like: list[Tensor], device: torch.device) -> None:
-        self._rows = [(field.dtype, field.shape[1:]) for field in like]
+        self._rows = [_row(field.dtype, field.shape[1:]) for field in like]
         tensors, self._seen = self._empty(self.capacity, device)
         self._adopt(tensors)
         self._device, self._known = device, []
 
     def _empty(self, capacity: int, device: torch.device) -> tuple[list[Tensor], Tensor]:  # [capacity, *] each; []
         """Notes and fields of free slots, and how many items were seen: none."""
-        rows = [*((dtype, torch.Size()) for dtype in self._NOTES.values()), *self._rows]
-        sizes = [capacity * max(1, shape.numel() * dtype.itemsize) for dtype, shape in rows]
-        require_room(sizes, device, None if self._folder is None else self._folder.path)
+        rows = [*(_row(dtype, ()) for dtype in self._NOTES.values()), *self._rows]
+        require_room(
+            [capacity * max(1, size) for _, _, size in rows],
+            device,
+            None if self._folder is None else self._folder.path,
+        )
         if self._folder is not None:
-            tensors, seen = self._folder.allocate([(dtype, (capacity, *shape)) for dtype, shape in rows])
+            tensors, seen = self._folder.allocate([(dtype, (capacity, *shape)) for dtype, shape, _ in rows])
         else:
             pin = self.storage == "pinned"
             tensors = [
-                torch.empty(capacity, *shape, dtype=dtype, device=device, pin_memory=pin) for dtype, shape in rows
+                torch.empty(capacity, *shape, dtype=dtype, device=device, pin_memory=pin) for dtype, shape, _ in rows
             ]
             seen = torch.zeros((), dtype=torch.int64, device=device)
         for note in tensors[: len(self._NOTES)]:
@@ -317,7 +321,7 @@ class Buffer(ABC):
         """What was allocated last is the buffer from here on, in its folder too."""
         if self._folder is not None:
             structure = None if self._structure is None else self._structure.to_text()
-            rows = self._rows if self._structure is not None else []
+            rows = [(dtype, shape) for dtype, shape, _ in self._rows] if structure is not None else []
             self._folder.settle(Header(self._KIND, self.capacity, self.seed, structure, rows), self._draws)
 
     def _like_first(self, batch: Any) -> list[Tensor]:
@@ -330,11 +334,11 @@ class Buffer(ABC):
         if self._structure is None:
             raise RuntimeError("the buffer has seen no batch yet")
         fields = self._structure.fields(batch)
-        known = [(field.dtype, field.shape, field.device) for field in fields]
+        known = [(field.dtype, field.shape, field.device, field.requires_grad) for field in fields]
         if known == self._known:  # the usual case, in a fraction of the time
             return fields
         count = fields[0].shape[:1]
-        for k, (field, (dtype, shape)) in enumerate(zip(fields, self._rows, strict=True)):
+        for k, (field, (dtype, shape, _)) in enumerate(zip(fields, self._rows, strict=True)):
             if field.dtype != dtype:
                 raise TypeError(f"batch must have {dtype} in field {k} as the first one, got {_checks.describe(field)}")
             if field.dim() == 0 or field.shape[1:] != shape or field.shape[:1] != count:
@@ -343,7 +347,7 @@ class Buffer(ABC):
                     f"got {_checks.describe(field)}"
                 )
         self._known = known
-        self._here = all(field.device == self._device for field in fields)
+        self._here = all(field.device == self._device and not field.requires_grad for field in fields)
         return fields
 
     def _set_seen(self, count: int) -> None:
@@ -414,3 +418,7 @@ class Buffer(ABC):
         self._adopt(tensors)
         self._set_seen(seen)
         self._settle()
+
+
+def _row(dtype: torch.dtype, shape: tuple[int, ...]) -> Row:
+    return dtype, tuple(shape), torch.Size(shape).numel() * dtype.itemsize

@@ -9,7 +9,7 @@ from torch import Tensor, distributed
 
 from limpet import _checks, ops
 from limpet.buffers.structure import Structure
-from limpet.ops.reservoir import sample_unchecked
+from limpet.ops.reservoir import Row, sample_unchecked
 
 if TYPE_CHECKING:
     from limpet.buffers.reservoir import ReservoirBuffer
@@ -23,7 +23,7 @@ class _Described(NamedTuple):
     seen: int
     draws: int
     structure: Structure | None
-    rows: list[tuple[torch.dtype, torch.Size]]
+    rows: list[Row]
     device: str | None
 
 
@@ -58,7 +58,7 @@ def merge(buffer: ReservoirBuffer, group: distributed.ProcessGroup | None) -> No
     if first is None:
         return
     if buffer._structure is None:
-        empty = [torch.empty(0, *shape, dtype=dtype, device=first.device) for dtype, shape in first.rows]
+        empty = [torch.empty(0, *shape, dtype=dtype, device=first.device) for dtype, shape, _ in first.rows]
         buffer._begin(first.structure.batch(empty))
     _exchange(buffer, every, group)
 

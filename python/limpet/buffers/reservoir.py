@@ -81,7 +81,7 @@ class ReservoirBuffer(Buffer):
             return
         if not self._here:
             fields = [field.to(self._device) for field in fields]
-        insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
+        insert_unchecked_(self._fields, self._items, self._seen, fields, self._rows, self.seed)
         self._count += count
 
     def _add_accepted(self, fields: list[Tensor], count: int) -> None:
@@ -95,8 +95,8 @@ class ReservoirBuffer(Buffer):
         self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
 
     def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
-        held, pin = self._at_most_held(count), self.storage == "pinned"
-        return sampled_unchecked(new, self._fields, held, count, self.seed, self._next_draw(), ahead, pin)
+        draws = self._at_most_held(count), count, self.seed, self._next_draw()
+        return sampled_unchecked(new, self._fields, self._rows, *draws, ahead, self.storage == "pinned")
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.

@@ -45,11 +45,11 @@ define(
 
 def _rows(stored: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[int], list[int], list[int]]:
     """Addresses of stored fields and of a batch's, and bytes of a row."""
-    return (
-        [t.data_ptr() for t in stored],
-        [t.data_ptr() for t in batch],
-        [t.nbytes // t.shape[0] for t in stored],
-    )
+    return _addresses(stored), _addresses(batch), [t.nbytes // t.shape[0] for t in stored]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [t.data_ptr() for t in tensors]
 
 
 def _contiguous(batch: Sequence[Tensor]) -> list[Tensor]:
@@ -127,30 +127,44 @@ _gather = torch.ops.limpet.gather_rows_.default
 # --- without checks: buffers call these thousands of times a second, with tensors that they know ----------------------
 
 
+Row = tuple[torch.dtype, tuple[int, ...], int]  # a field's rows: dtype, shape, bytes
+
+
 def insert_unchecked_(
     stored: list[Tensor],  # [capacity, *] each
     items: Tensor,  # int64 [capacity]
     seen: Tensor,  # int64 []
     batch: list[Tensor],  # [count, *] each
+    rows: list[Row],
     seed: int,
 ) -> None:
     """:func:`reservoir_insert_`, past the dispatcher where that is possible."""
-    (_insert_cpu if _plain(items) else _insert)(stored, items, seen, batch, seed)
+    if not _plain(items):
+        _insert(stored, items, seen, batch, seed)
+        return
+    new = _contiguous(batch)
+    fields = _addresses(stored), _addresses(new), [row[2] for row in rows]
+    reservoir = items.data_ptr(), seen.data_ptr(), items.shape[0], new[0].shape[0], seed
+    _core.reservoir_insert(*fields, *reservoir, _launch.threads())
 
 
 def mixed_unchecked(
     new: list[Tensor],  # [count, *] each
-    stored: list[Tensor],  # [rows, *] each
+    stored: list[Tensor],  # [slots, *] each
     index: Tensor,  # int64 [replayed]
     count: int,
     pin: bool = False,
 ) -> list[Tensor]:  # [count + replayed, *] each
     """New rows, and stored ones behind them; ``new`` may be empty where ``count`` is 0."""
-    rows = _empty_rows(stored, count + index.shape[0], pin)
+    total = count + index.shape[0]
+    rows = [
+        torch.empty((total, *field.shape[1:]), dtype=field.dtype, device=field.device, pin_memory=pin)
+        for field in stored
+    ]
     if _plain(index):
         places = stored[0].shape[0], index.data_ptr(), index.shape[0]
         ahead = _contiguous(new)
-        _core.gather_rows(*_rows(stored, rows), [t.data_ptr() for t in ahead], count, *places, _launch.threads())
+        _core.gather_rows(*_rows(stored, rows), _addresses(ahead), count, *places, _launch.threads())
         return rows
     for out, tensor in zip(rows, new, strict=False):
         out[:count] = tensor
@@ -161,7 +175,8 @@ def mixed_unchecked(
 
 def sampled_unchecked(
     new: list[Tensor],  # [count, *] each
-    stored: list[Tensor],  # [rows, *] each
+    stored: list[Tensor],  # [slots, *] each
+    rows: list[Row],
     population: int,
     replayed: int,
     seed: int,
@@ -170,14 +185,15 @@ def sampled_unchecked(
     pin: bool = False,
 ) -> list[Tensor]:  # [count + replayed, *] each
     """:func:`mixed_unchecked` of what :func:`sample_unchecked` draws, at once where that is possible."""
-    if not _plain(stored[0]):
-        return mixed_unchecked(
-            new, stored, sample_unchecked(population, replayed, seed, draw, stored[0].device), count, pin
-        )
-    rows, ahead = _empty_rows(stored, count + replayed, pin), _contiguous(new)
-    draws = population, replayed, seed, draw
-    _core.sample_rows(*_rows(stored, rows), [t.data_ptr() for t in ahead], count, *draws, _launch.threads())
-    return rows
+    if pin or not _plain(stored[0]):
+        index = sample_unchecked(population, replayed, seed, draw, stored[0].device)
+        return mixed_unchecked(new, stored, index, count, pin)
+    total = count + replayed
+    mixed = [torch.empty((total, *shape), dtype=dtype) for dtype, shape, _ in rows]
+    ahead = _contiguous(new)
+    fields = _addresses(stored), _addresses(mixed), [row[2] for row in rows], _addresses(ahead)
+    _core.sample_rows(*fields, count, population, replayed, seed, draw, _launch.threads())
+    return mixed
 
 
 def sample_unchecked(
@@ -192,13 +208,6 @@ def sample_unchecked(
     if count:
         (_sample_cpu if _plain(sample) else _sample)(sample, population, seed, draw)
     return sample
-
-
-def _empty_rows(stored: list[Tensor], count: int, pin: bool) -> list[Tensor]:  # [count, *] each
-    return [
-        torch.empty((count, *field.shape[1:]), dtype=field.dtype, device=field.device, pin_memory=pin)
-        for field in stored
-    ]
 
 
 def _plain(tensor: Tensor) -> bool:
