@@ -81,7 +81,8 @@ class ReservoirBuffer(Buffer):
             return
         if not self._here:
             fields = [field.to(self._device) for field in fields]
-        insert_unchecked_(self._fields, self._items, self._seen, fields, self._rows, self.seed)
+        reservoir = self._fields, self._items, self._seen
+        insert_unchecked_(*reservoir, fields, self._rows, self.capacity, count, self.seed)
         self._count += count
 
     def _add_accepted(self, fields: list[Tensor], count: int) -> None:

@@ -16,6 +16,7 @@ class Structure:
     def __init__(self, spec: pytree.TreeSpec) -> None:
         self._spec = spec
         children = spec.children()
+        self._leaf = spec.is_leaf()
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
 
@@ -62,7 +63,7 @@ class Structure:
 
     def fields(self, batch: Any) -> list[Tensor]:
         """The fields of a batch that must have this structure."""
-        if isinstance(batch, Tensor) and self._spec.is_leaf():
+        if self._leaf and isinstance(batch, Tensor):
             return [batch]
         if type(batch) is self._flat and len(batch) == self._count:  # the usual case, ten times as fast
             fields = list(batch)

@@ -136,6 +136,8 @@ def insert_unchecked_(
     seen: Tensor,  # int64 []
     batch: list[Tensor],  # [count, *] each
     rows: list[Row],
+    capacity: int,
+    count: int,
     seed: int,
 ) -> None:
     """:func:`reservoir_insert_`, past the dispatcher where that is possible."""
@@ -144,8 +146,7 @@ def insert_unchecked_(
         return
     new = _contiguous(batch)
     fields = _addresses(stored), _addresses(new), [row[2] for row in rows]
-    reservoir = items.data_ptr(), seen.data_ptr(), items.shape[0], new[0].shape[0], seed
-    _core.reservoir_insert(*fields, *reservoir, _launch.threads())
+    _core.reservoir_insert(*fields, items.data_ptr(), seen.data_ptr(), capacity, count, seed, _launch.threads())
 
 
 def mixed_unchecked(
