@@ -15,6 +15,12 @@ from limpet.reference.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.reference.gated_lateral import (
+    gate_product,
+    gated_lateral,
+    gated_lateral_backward,
+    gated_laterals,
+)
 from limpet.reference.narrow import (
     NARROW_BLOCK,
     dense_anchor,
@@ -54,6 +60,10 @@ __all__ = [
     "add_quadratic_penalty_grad_",
     "dense_anchor",
     "dense_importance",
+    "gate_product",
+    "gated_lateral",
+    "gated_lateral_backward",
+    "gated_laterals",
     "gather_rows_",
     "pack_fixed16",
     "pack_log8",
