@@ -242,3 +242,23 @@ def cuda_gather_rows(
     device: int,
     stream: int,
 ) -> None: ...
+def gated_lateral(
+    y: int, x: int, h: int, product: int, bias: int, sizes: Sizes, dtype: int, threads: int, /
+) -> None: ...
+def gated_lateral_workspace(sizes: Sizes, /) -> int: ...
+def gated_lateral_backward(
+    grad: int,
+    x: int,
+    h: int,
+    product: int,
+    bias: int,
+    sizes: Sizes,
+    dtype: int,
+    x_grad: int,
+    h_grad: int,
+    logit_grad: int,
+    bias_grad: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
