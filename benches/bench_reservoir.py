@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from limpet import Replay, ReservoirBuffer, ops
+from limpet import Replay, ReservoirBuffer
 
 CAPACITY, SEEN, REPEATS = 10_000, 1_000_000, 20
 

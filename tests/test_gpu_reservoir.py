@@ -74,3 +74,31 @@ def test_a_captured_graph_goes_on_with_the_stream():
     assert int(seen) == 20 * 64
     assert torch.equal(items.cpu(), expected.items)
     assert torch.equal(stored.cpu(), torch.stack(list(expected)))
+
+
+def test_page_locked_buffers_are_the_cpus():
+    here, there = ReservoirBuffer(100, seed=3), ReservoirBuffer(100, seed=3, storage="pinned")
+    for start, count, device in ((0, 60, "cuda"), (60, 500, "cuda"), (560, 300, "cpu")):
+        x = torch.arange(start, start + count).unsqueeze(1).expand(-1, 7).float()
+        here.add((x, x[:, 0]))
+        there.add((x.to(device), x[:, 0].to(device)))
+    assert torch.equal(here.items, there.items)
+    for mine, theirs in zip(here.sample(50), there.sample(50), strict=True):
+        assert torch.equal(mine, theirs)
+        assert theirs.is_pinned()
+    new = torch.zeros(30, 7), torch.zeros(30)
+    for mine, theirs in zip(
+        here.sample_into(new, 0.5), there.sample_into(tuple(t.cuda() for t in new), 0.5), strict=True
+    ):
+        assert theirs.is_cuda
+        assert torch.equal(mine, theirs.cpu())
+
+
+def test_files_take_batches_from_the_gpu(tmp_path):
+    here, there = ReservoirBuffer(100, seed=3), ReservoirBuffer(100, seed=3, storage="mmap", path=tmp_path)
+    for count in (60, 500):
+        x = torch.randn(count, 7)
+        here.add(x)
+        there.add(x.cuda())
+    assert torch.equal(here.items, there.items)
+    assert torch.equal(here.sample(50), there.sample(50))

@@ -16,7 +16,7 @@ from limpet import _checks
 from limpet.buffers import files
 from limpet.buffers.mapped import Folder, Header
 from limpet.buffers.memory import require_room
-from limpet.buffers.structure import Structure
+from limpet.buffers.structure import Structure, require_alike, row_of
 from limpet.ops.reservoir import Row, gather_rows, mixed_unchecked, sample_unchecked, seed_of
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ class Buffer(ABC):
         buffer.storage, buffer._device, buffer._folder = "mmap", _CPU, folder
         if header.structure is not None:
             buffer._structure = Structure.from_text(header.structure, len(header.rows))
-            buffer._rows = [_row(dtype, shape) for dtype, shape in header.rows]
+            buffer._rows = [row_of(dtype, shape) for dtype, shape in header.rows]
             buffer._adopt(folder.tensors)
         buffer._seen, buffer._count, buffer._draws = folder.seen, int(folder.seen), folder.draws
         return buffer
@@ -287,14 +287,14 @@ class Buffer(ABC):
         self._settle()
 
     def _allocate(self, like: list[Tensor], device: torch.device) -> None:
-        self._rows = [_row(field.dtype, field.shape[1:]) for field in like]
+        self._rows = [row_of(field.dtype, field.shape[1:]) for field in like]
         tensors, self._seen = self._empty(self.capacity, device)
         self._adopt(tensors)
         self._device, self._known = device, []
 
     def _empty(self, capacity: int, device: torch.device) -> tuple[list[Tensor], Tensor]:  # [capacity, *] each; []
         """Notes and fields of free slots, and how many items were seen: none."""
-        rows = [*(_row(dtype, ()) for dtype in self._NOTES.values()), *self._rows]
+        rows = [*(row_of(dtype, ()) for dtype in self._NOTES.values()), *self._rows]
         require_room(
             [capacity * max(1, size) for _, _, size in rows],
             device,
@@ -337,15 +337,7 @@ class Buffer(ABC):
         known = [(field.dtype, field.shape, field.device, field.requires_grad) for field in fields]
         if known == self._known:  # the usual case, in a fraction of the time
             return fields
-        count = fields[0].shape[:1]
-        for k, (field, (dtype, shape, _)) in enumerate(zip(fields, self._rows, strict=True)):
-            if field.dtype != dtype:
-                raise TypeError(f"batch must have {dtype} in field {k} as the first one, got {_checks.describe(field)}")
-            if field.dim() == 0 or field.shape[1:] != shape or field.shape[:1] != count:
-                raise ValueError(
-                    f"batch must have {list(count)} rows of shape {list(shape)} in field {k}, "
-                    f"got {_checks.describe(field)}"
-                )
+        require_alike(fields, self._rows)
         self._known = known
         self._here = all(field.device == self._device and not field.requires_grad for field in fields)
         return fields
@@ -418,7 +410,3 @@ class Buffer(ABC):
         self._adopt(tensors)
         self._set_seen(seen)
         self._settle()
-
-
-def _row(dtype: torch.dtype, shape: tuple[int, ...]) -> Row:
-    return dtype, tuple(shape), torch.Size(shape).numel() * dtype.itemsize

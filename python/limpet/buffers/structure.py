@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree  # what torch.func, torch.export and DataLoader users know as pytrees
 
 from limpet import _checks
+from limpet.ops.reservoir import Row
 
 
 class Structure:
@@ -83,3 +85,20 @@ def _require_tensors(fields: list[Any]) -> None:
     for k, field in enumerate(fields):
         if not isinstance(field, Tensor):
             raise TypeError(f"batch must hold tensors alone, got {_checks.describe(field)} as its field {k}")
+
+
+def row_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Row:
+    """What the rows of a field are."""
+    return dtype, tuple(shape), torch.Size(shape).numel() * dtype.itemsize
+
+
+def require_alike(fields: list[Tensor], rows: list[Row]) -> None:
+    """Require as many rows of each field, like the first batch's."""
+    count = fields[0].shape[:1]
+    for k, (field, (dtype, shape, _)) in enumerate(zip(fields, rows, strict=True)):
+        if field.dtype != dtype:
+            raise TypeError(f"batch must have {dtype} in field {k} as the first one, got {_checks.describe(field)}")
+        if field.dim() == 0 or field.shape[1:] != shape or field.shape[:1] != count:
+            raise ValueError(
+                f"batch must have {list(count)} rows of shape {list(shape)} in field {k}, got {_checks.describe(field)}"
+            )
