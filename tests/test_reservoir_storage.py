@@ -167,6 +167,25 @@ def test_later_changes_of_a_batch_do_not_reach_the_files(tmp_path):
     assert not buffer.sample(2).requires_grad
 
 
+@pytest.mark.parametrize("storage", ["device", "mmap"])
+def test_torchs_default_device_does_not_matter(tmp_path, storage):
+    first, second = torch.arange(30), torch.arange(30, 50)
+    where = {"storage": "mmap", "path": tmp_path} if storage == "mmap" else {}
+    with torch.device("meta"):
+        buffer = ReservoirBuffer(20, **where)
+        buffer.add(first)
+        other = ReservoirBuffer(20, seed=1)
+        other.add(second)
+        if storage == "mmap":
+            del buffer
+            buffer = ReservoirBuffer.open(tmp_path)
+        buffer.merge(other)
+        buffer.resize(15)
+        mixed = buffer.sample_into(second)
+    assert mixed[:20].tolist() == second.tolist()
+    assert set(mixed[20:].tolist()) <= set(buffer.items.tolist())
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [

@@ -267,10 +267,11 @@ class Buffer(ABC):
     def _forget(self) -> None:
         """Be without items and without structure."""
         self._count = 0
-        self._seen = torch.zeros((), dtype=torch.int64) if self._folder is None else self._folder.allocate([])[1]
+        seen = torch.zeros((), dtype=torch.int64, device=_CPU)
+        self._seen = seen if self._folder is None else self._folder.allocate([])[1]
         self._structure = None
         self._fields, self._rows, self._known, self._here = [], [], [], True
-        self._set_notes([torch.empty(0, dtype=dtype) for dtype in self._NOTES.values()])
+        self._set_notes([torch.empty(0, dtype=dtype, device=_CPU) for dtype in self._NOTES.values()])
 
     def _begin(self, batch: Any) -> None:
         """Take structure, dtypes and shapes from the first batch."""

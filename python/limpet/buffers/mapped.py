@@ -55,7 +55,7 @@ class _Generation:
         dtype, shape = spec
         size = torch.Size(shape).numel() * dtype.itemsize
         if size == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         with open(self.path / name, "w+b" if create else "r+b") as file:
             if create and hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, not a signal later
@@ -85,8 +85,8 @@ class _Generation:
             raise ValueError("its state is damaged")
         if not count:
             return
-        parts = [torch.empty((count, *t.shape[1:]), dtype=t.dtype) for t in self.tensors]
-        slots = torch.empty(count, dtype=torch.int64)
+        parts = [t.new_empty((count, *t.shape[1:])) for t in self.tensors]
+        slots = self.state.new_empty(count)
         with open(self.path / "journal", "rb") as journal:
             for part in (slots, *parts):
                 if part.numel() and journal.readinto(_bytes(part)) != part.nbytes:

@@ -37,7 +37,7 @@ def shares(seen: list[int], capacity: int, seed: int, draw: int) -> list[int]:
     if held == 0:
         return [0] * len(seen)
     places = ops.sample_without_replacement(sum(seen), held, seed=seed, draw=draw, device="cpu")
-    stream = torch.bucketize(places, torch.tensor(seen).cumsum(0), right=True)
+    stream = torch.bucketize(places, torch.tensor(seen, device="cpu").cumsum(0), right=True)
     counts: list[int] = stream.bincount(minlength=len(seen)).tolist()
     return counts
 

@@ -127,6 +127,8 @@ _gather = torch.ops.limpet.gather_rows_.default
 # --- without checks: buffers call these thousands of times a second, with tensors that they know ----------------------
 
 
+_CPU = torch.device("cpu")
+
 Row = tuple[torch.dtype, tuple[int, ...], int]  # a field's rows: dtype, shape, bytes
 
 
@@ -190,7 +192,7 @@ def sampled_unchecked(
         index = sample_unchecked(population, replayed, seed, draw, stored[0].device)
         return mixed_unchecked(new, stored, index, count, pin)
     total = count + replayed
-    mixed = [torch.empty((total, *shape), dtype=dtype) for dtype, shape, _ in rows]
+    mixed = [torch.empty((total, *shape), dtype=dtype, device=_CPU) for dtype, shape, _ in rows]
     ahead = _contiguous(new)
     fields = _addresses(stored), _addresses(mixed), [row[2] for row in rows], _addresses(ahead)
     _core.sample_rows(*fields, count, population, replayed, seed, draw, _launch.threads())
