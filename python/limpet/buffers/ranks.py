@@ -31,7 +31,7 @@ def shares(seen: list[int], capacity: int, seed: int, draw: int) -> list[int]:
     """How many items of each stream a uniform sample of all of them holds: a multivariate hypergeometric draw.
 
     >>> shares([1000, 10, 0], 100, seed=0, draw=0)
-    [98, 2, 0]
+    [99, 1, 0]
     """
     held = min(capacity, sum(seen))
     if held == 0:
