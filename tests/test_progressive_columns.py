@@ -8,6 +8,8 @@ from torch.nn import functional as F
 from limpet import ProgressiveNetwork
 from tolerances import assert_close
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def grown(factory, tasks="ab", **options):
     net = ProgressiveNetwork(factory, **options)

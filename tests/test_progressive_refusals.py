@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from columns import grown, mlp
 from limpet import ProgressiveNetwork
-from test_progressive import grown, mlp
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def grow(net, tasks):

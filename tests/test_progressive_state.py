@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from columns import grown, mlp, normalised, parts, train
 from limpet import ProgressiveNetwork
-from test_progressive import grown, mlp, normalised, parts, train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def saved_and_loaded(state):

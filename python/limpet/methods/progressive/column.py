@@ -41,12 +41,6 @@ class Column(nn.Module):
             module = network.get_submodule(ends.path)
             module.register_forward_hook(_Point(self, point), with_kwargs=True)
 
-    def lateral(self, point: int) -> Lateral | None:
-        """The lateral into a point, if it has one."""
-        if str(point) not in self.laterals:
-            return None
-        return self.laterals[str(point)]  # type: ignore[return-value]
-
     @property
     def pairs(self) -> set[tuple[int, int]]:
         """What is read: each point with the number of a column."""
@@ -61,9 +55,9 @@ class Column(nn.Module):
     def prune(self, pairs: set[tuple[int, int]]) -> None:
         """Read some of :attr:`pairs` no more."""
         for point, number in pairs:
-            sources: nn.ModuleDict = self.laterals[str(point)].sources  # type: ignore[assignment]
-            del sources[str(number)]
-            if not sources:
+            lateral: Lateral = self.laterals[str(point)]  # type: ignore[assignment]
+            lateral.prune(number)
+            if not lateral.columns:
                 del self.laterals[str(point)]
 
     def freeze(self) -> None:
@@ -94,11 +88,12 @@ class _Point:
     """A forward hook on one submodule: reads there, and keeps what is read there later."""
 
     def __init__(self, column: Column, point: int) -> None:
-        self.column, self.point = column, point
+        self.column, self.point, self.key = column, point, str(point)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         column, point = self.column, self.point
-        lateral, earlier = column.lateral(point), column._earlier
+        lateral: Any = column.laterals._modules.get(self.key)
+        earlier = column._earlier
         if earlier is None:
             if lateral is None:
                 return output  # the network alone; nothing is missing
@@ -107,23 +102,20 @@ class _Point:
             raise RuntimeError(f"a lateral point must run once in a forward, {column.points[point].path!r} ran again")
         given, result = first_input(args, kwargs), first_output(output)
         if lateral is not None:
-            result = lateral(result, self._read(lateral, earlier, given if column.reads_input else result))
+            own = given if column.reads_input else result
+            result = lateral(result, [self._read(number, earlier, own) for number in lateral.columns])
         column._kept[point] = given if column.reads_input else result
         return with_first(output, result)
 
-    def _read(self, lateral: Lateral, earlier: Mapping[int, Features], own: Tensor) -> dict[int, Tensor]:
-        """The features of the columns that are read here, their places compared with the column's own."""
-        column = self.column
-        features: dict[int, Tensor] = {}
-        ends = column.points[self.point]
-        for number in lateral.columns:
-            read = earlier[number][self.point]
-            if read is None:
-                raise RuntimeError(f"lateral point {self.point} of column {number} did not run")
-            if not same_places(own, read, ends.features_dim):
-                raise ValueError(
-                    f"columns must have the same places at a lateral point, {ends.path!r} has "
-                    f"{list(own.shape)} and column {number} {list(read.shape)} there"
-                )
-            features[number] = read if column.probe is None else column.probe(self.point, number, read)
-        return features
+    def _read(self, number: int, earlier: Mapping[int, Features], own: Tensor) -> Tensor:
+        """The features of a column that is read here, their places compared with the column's own."""
+        ends, probe = self.column.points[self.point], self.column.probe
+        features = earlier[number][self.point]
+        if features is None:
+            raise RuntimeError(f"lateral point {self.point} of column {number} did not run")
+        if not same_places(own, features, ends.features_dim):
+            raise ValueError(
+                f"columns must have the same places at a lateral point, {ends.path!r} has {list(own.shape)} "
+                f"and column {number} {list(features.shape)} there"
+            )
+        return features if probe is None else probe(self.point, number, features)

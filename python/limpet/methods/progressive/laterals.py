@@ -6,7 +6,7 @@ convolution with a kernel of 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Lateral(nn.Module):
 
     Attributes:
         sources: what is done with each earlier column's features; its keys are the columns' numbers.
+        columns: the numbers of the columns that are read.
     """
 
     reads_input: bool  # whether features are what goes into the point in the earlier columns, or what comes out there
@@ -35,14 +36,15 @@ class Lateral(nn.Module):
     def __init__(self, sources: Mapping[int, nn.Module]) -> None:
         super().__init__()
         self.sources = nn.ModuleDict({str(number): source for number, source in sources.items()})
+        self.columns = list(sources)
 
-    @property
-    def columns(self) -> list[int]:
-        """The numbers of the columns that are read."""
-        return list(map(int, self.sources))
+    def prune(self, column: int) -> None:
+        """Read a column no more."""
+        del self.sources[str(column)]
+        self.columns.remove(column)
 
-    def forward(self, output: Tensor, features: Mapping[int, Tensor]) -> Tensor:
-        """The point's output with what crosses over; ``features`` has those of every column in :attr:`columns`."""
+    def forward(self, output: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """The point's output with what crosses over; ``features`` are those of :attr:`columns`, in their order."""
         raise NotImplementedError
 
 
@@ -63,11 +65,11 @@ class Adapter(Lateral):
         self.up = _up(module, own)
         self.activation = activation
 
-    def forward(self, output: Tensor, features: Mapping[int, Tensor]) -> Tensor:
+    def forward(self, output: Tensor, features: Sequence[Tensor]) -> Tensor:
         """All projections, summed; f; up."""
         hidden: Any = None  # a lateral has one source at least
-        for number, source in self.sources.items():
-            hidden = source(features[int(number)], hidden)
+        for source, read in zip(self.sources.values(), features, strict=True):
+            hidden = source(read, hidden)
         up: Tensor = self.up(self.activation(hidden))
         return output + up
 
@@ -84,10 +86,10 @@ class Gated(Lateral):
     def __init__(self, module: nn.Module, own: Ends, sources: Mapping[int, Ends], activation: Activation) -> None:
         super().__init__({number: _Gate(own, ends.outputs) for number, ends in sources.items()})
 
-    def forward(self, output: Tensor, features: Mapping[int, Tensor]) -> Tensor:
+    def forward(self, output: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Gate after gate."""
-        for number, source in self.sources.items():
-            output = source(output, features[int(number)])
+        for source, read in zip(self.sources.values(), features, strict=True):
+            output = source(output, read)
         return output
 
 
@@ -99,11 +101,13 @@ class Summed(Lateral):
     def __init__(self, module: nn.Module, own: Ends, sources: Mapping[int, Ends], activation: Activation) -> None:
         super().__init__({number: _to_width(own, ends.outputs) for number, ends in sources.items()})
 
-    def forward(self, output: Tensor, features: Mapping[int, Tensor]) -> Tensor:
+    def forward(self, output: Tensor, features: Sequence[Tensor]) -> Tensor:
         """Sum."""
-        for number, source in self.sources.items():
-            output = output + source(features[int(number)])
-        return output
+        crossed: list[Tensor] = [source(read) for source, read in zip(self.sources.values(), features, strict=True)]
+        total = output + crossed[0]
+        for more in crossed[1:]:
+            total += more  # in its own memory
+        return total
 
 
 KINDS: dict[str, type[Adapter] | type[Gated] | type[Summed]] = {"adapter": Adapter, "gated": Gated, "sum": Summed}

@@ -146,10 +146,9 @@ def _ends(path: str, module: nn.Module, shapes: tuple[torch.Size, ...] | None) -
 
 def same_places(a: Tensor, b: Tensor, features_dim: int) -> bool:
     """Whether two tensors have the same sizes but for their features."""
-    if a.dim() != b.dim():
-        return False
-    features_dim %= a.dim()
-    return all(m == n or d == features_dim for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)))
+    if features_dim == -1:
+        return a.shape[:-1] == b.shape[:-1]
+    return a.shape[:1] == b.shape[:1] and a.shape[2:] == b.shape[2:]
 
 
 def check_paths(given: Any) -> tuple[str, ...] | None:
