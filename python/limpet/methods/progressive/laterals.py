@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from limpet.methods.progressive.gate import gated_lateral
+from limpet import ops
 from limpet.methods.progressive.points import Ends
 
 Activation = Callable[[Tensor], Tensor]
@@ -138,10 +138,8 @@ class _Gate(nn.Module):
 
     def forward(self, output: Tensor, features: Tensor) -> Tensor:
         features = self.projection(features)
-        if self.features_dim == -1:
-            return gated_lateral(output, features, self.weight, self.bias)
-        last = gated_lateral(output.movedim(1, -1), features.movedim(1, -1), self.weight, self.bias)
-        return last.movedim(-1, 1)
+        weight, bias = self.weight.to(output.dtype), self.bias.to(output.dtype)  # autocast leaves the op alone
+        return ops.gated_lateral(output, features.to(output.dtype), weight, bias, channel_dim=self.features_dim)
 
 
 def _projection(ends: Ends, inputs: int, outputs: int, stride: int | tuple[int, ...] = 1) -> nn.Module:
