@@ -198,15 +198,16 @@ def test_other_dtypes(dtype, lateral):
     assert_close(net(x, "c"), wide(x.double(), "c"), dtype)
 
 
-def test_autocast_answers_in_half_precision():
-    net = grown()
+@pytest.mark.parametrize("lateral", ["adapter", "gated", "sum"])
+def test_autocast_answers_in_half_precision(lateral):
+    net = grown(lateral=lateral)
     x = torch.randn(16, 5)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         half = net(x, "c")
     assert half.dtype == torch.bfloat16
     assert_close(half, net(x, "c"), torch.bfloat16)
     half.float().sum().backward()
-    assert net.columns[2].laterals["0"].sources["0"].alpha.grad.dtype == torch.float32
+    assert all(p.grad.dtype == torch.float32 for p in net.columns[2].parameters())
 
 
 def test_a_copy_is_whole():
