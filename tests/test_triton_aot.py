@@ -220,7 +220,11 @@ def choices(gpu: GPUTarget, launcher: Callable[[torch.dtype], None], dtype: torc
 
 # Every launch for one GPU of each maker, the matrix kernels for the others too.
 CASES = [
-    pytest.param(gpu, launcher, dtype, choice, id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}")
+    pytest.param(
+        *(gpu, launcher, dtype, choice),
+        id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}",
+        marks=[pytest.mark.slow] if launcher is gated and choice else [],
+    )
     for name, gpu in TARGETS.items()
     for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv, gated))
     for dtype in (torch.float32, torch.bfloat16)

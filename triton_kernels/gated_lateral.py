@@ -149,7 +149,7 @@ def gated_lateral(
         return y, product
     count, columns, *strides = _geometry(matrix(h, channel_dim, last))
     units = arithmetic(x.dtype, x.device)
-    if x.dtype != torch.float32:  # twice the channels at a time: nothing but the product is in registers
+    if x.dtype != torch.float32 and strides[1] == 1:  # twice as many channels at a time: only the product is kept
         units = units._replace(places=2 * units.places)
     launch(
         forward_kernel,

@@ -89,4 +89,5 @@ def _wide(
 
 
 def _rows(value: Tensor, channel_dim: int) -> Tensor:  # [*, H] or [N, H, *] -> [rows, H]
-    return value.movedim(channel_dim, -1).unsqueeze(0).flatten(0, -2)
+    value = value.movedim(channel_dim, -1)
+    return value.reshape(value.shape[:-1].numel(), value.shape[-1])
