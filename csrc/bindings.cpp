@@ -295,6 +295,18 @@ void bind_reservoir(py::module_& m) {
     const py::gil_scoped_release release;
     cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places, count, threads);
   });
+  // The same, with places drawn as sample_without_replacement draws them.
+  m.def("sample_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
+                          const Addresses& ahead, std::int64_t ahead_rows, std::int64_t population, std::int64_t count,
+                          std::uint64_t seed, std::uint64_t draw, int threads) {
+    auto fields = row_fields(stored, batch, row_bytes);
+    for (std::size_t f = 0; f < ahead.size(); ++f) fields[f].ahead = pointer<void>(ahead[f]);
+    const py::gil_scoped_release release;
+    Sizes places(static_cast<std::size_t>(count));
+    cpu::kernels().sample_without_replacement(population, count, seed, draw, places.data());
+    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places.data(), count,
+                               threads);
+  });
 #if defined(LIMPET_CUDA)
   m.def("cuda_reservoir_slots", [](std::int64_t seen, std::int64_t count, std::int64_t capacity, std::uint64_t seed,
                                    Address slots, int device, Address stream) {

@@ -200,6 +200,18 @@ def gather_rows(
     count: int,
     threads: int,
 ) -> None: ...
+def sample_rows(
+    stored: list[int],
+    batch: list[int],
+    row_bytes: list[int],
+    ahead: list[int],
+    ahead_rows: int,
+    population: int,
+    count: int,
+    seed: int,
+    draw: int,
+    threads: int,
+) -> None: ...
 def cuda_reservoir_slots(
     seen: int, count: int, capacity: int, seed: int, slots: int, device: int, stream: int
 ) -> None: ...

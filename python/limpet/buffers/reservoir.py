@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from limpet import _checks, ops
-from limpet.buffers import files
-from limpet.buffers.memory import require_room
-from limpet.buffers.structure import Structure
-from limpet.ops.reservoir import insert_unchecked_, mixed_unchecked, sample_unchecked, seed_of
+from limpet.buffers import ranks
+from limpet.buffers.base import Buffer
+from limpet.ops.reservoir import insert_unchecked_, sampled_unchecked
 
 
-class ReservoirBuffer:
+class ReservoirBuffer(Buffer):
     r"""A buffer in which each of the items seen so far is with the same probability (reservoir sampling).
 
     Item :math:`t` (from 0) goes to a free slot while there is one, and then to slot
@@ -33,15 +29,23 @@ class ReservoirBuffer:
         capacity: how many items are kept, at least 1.
         seed: of all draws, in [0, 2^63).
         device: where the items lie; where the first batch does for ``None``.
+        storage: ``"device"``; ``"pinned"``, page-locked memory of the CPU, from which samples (page-locked too) are
+            copied to a CUDA device while it computes; ``"mmap"``, files, for buffers larger than memory. A process
+            that is killed at any time leaves files with which :meth:`open` goes on.
+        path: for ``"mmap"`` a folder for the files, new or empty.
 
     Attributes:
         capacity: as given.
         seed: as given.
         seen: items seen so far.
+        storage: as given.
 
     Raises:
         TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
+            it.
+        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
+        OSError: the folder cannot be written.
 
     >>> buffer = ReservoirBuffer(100, seed=0)
     >>> for _ in range(10):
@@ -53,32 +57,7 @@ class ReservoirBuffer:
     (torch.Size([32, 8]), torch.Size([32]))
     """
 
-    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        self.capacity = _checks.integer("capacity", capacity, minimum=1)
-        self.seed = seed_of(seed)
-        self._device = None if device is None else torch.device(device)
-        self._draws = 0  # samples taken so far
-        self._count = 0  # items seen, as the host knows it: reading the device's number would wait for the device
-        self._seen = torch.zeros((), dtype=torch.int64)
-        self._structure: Structure | None = None
-        self._fields: list[Tensor] = []  # [capacity, *] each
-        self._rows: list[tuple[torch.dtype, torch.Size]] = []  # of each field: dtype and shape of a row
-        self._items = torch.empty(0, dtype=torch.int64)
-
-    @property
-    def seen(self) -> int:
-        """Items seen so far."""
-        return self._count
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where the items lie; ``None`` before the first batch, where none was asked for."""
-        return self._device
-
-    @property
-    def items(self) -> Tensor:  # int64 [len]
-        """The number of the item in each slot, counted from 0 in the order in which they came."""
-        return self._items[: len(self)]
+    _KIND = "reservoir"
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -93,73 +72,31 @@ class ReservoirBuffer:
         """
         if self._structure is None:
             self._begin(batch)
-        fields = self._like_first(batch)
-        if fields[0].shape[0]:
-            insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
-            self._count += fields[0].shape[0]
+        fields = self._checked(batch)
+        count = fields[0].shape[0]
+        if not count:
+            return
+        if self.storage == "mmap" or (self.storage == "pinned" and not all([field.is_cpu for field in fields])):
+            self._add_accepted(fields, count)
+            return
+        if not all([field.device == self._device for field in fields]):
+            fields = [field.to(self._device) for field in fields]
+        insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
+        self._count += count
 
-    def sample(self, count: int) -> Any:  # tensors [count, *]
-        """Different items in random order, as a batch of the structure that was added.
+    def _add_accepted(self, fields: list[Tensor], count: int) -> None:
+        """The same for files, which want a journal, and for batches elsewhere: only rows that stay are moved."""
+        seen, held = self.seen, len(self)
+        slots, places = _last_writers(ops.reservoir_slots(seen, count, self.capacity, self.seed, device="cpu"))
+        rows = [places + seen, *(field.detach()[places.to(field.device)].to("cpu") for field in fields)]
+        taken = int((slots < held).sum())  # slots ascend; behind these come the free ones, in a row
+        for stored, new in zip([*self._notes(), *self._fields], rows, strict=True):
+            stored[held : held + slots.numel() - taken] = new[taken:]
+        self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
 
-        Args:
-            count: how many, at most ``len(self)``.
-
-        Raises:
-            TypeError: ``count`` is no integer.
-            ValueError: ``count`` is negative, or the buffer holds fewer items.
-            RuntimeError: nothing was added yet, so that there is no structure to give.
-        """
-        index = self._drawn(count)
-        if self._structure is None:
-            raise RuntimeError("the buffer has seen no batch yet")
-        return self._structured(mixed_unchecked([], self._fields, index, 0))
-
-    def sample_into(
-        self, batch: Any, fraction: float = 0.2, *, transform: Callable[[Any], Any] | None = None
-    ) -> Any:  # tensors [count, *] -> [count + replayed, *]
-        """New items followed by as many sampled ones as make up ``fraction`` of the whole; fewer if there are fewer.
-
-        The new ones are not added: call :meth:`add` for that, usually after the step.
-
-        Args:
-            batch: new items, of the structure that was added, on any device; the result is on the buffer's.
-            fraction: the sampled items' share of the result, in [0, 1).
-            transform: what the batch of sampled ones goes through first: an augmentation, which keeps structure,
-                shapes and dtypes.
-
-        Raises:
-            TypeError: as :meth:`add`, for the batch and for what ``transform`` gives; or ``fraction`` is no number.
-            ValueError: as :meth:`add`, likewise; or ``fraction`` is out of range.
-        """
-        fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
-        if fraction >= 1.0:
-            raise ValueError(f"fraction must be below 1, got {fraction}")
-        if self._structure is None:
-            return batch
-        new = self._like_first(batch)
-        count = new[0].shape[0]
-        replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
-        if transform is None and not any(field.requires_grad for field in new):
-            return self._structured(mixed_unchecked(new, self._fields, self._drawn(replayed), count))
-        sampled = self.sample(replayed)
-        if transform is not None and replayed:
-            sampled = transform(sampled)
-        return self._structured([torch.cat(pair) for pair in zip(new, self._like_first(sampled), strict=True)])
-
-    def __iter__(self) -> Iterator[Any]:
-        """The items held, slot by slot, as rows of the structure that was added."""
-        for slot in range(len(self)):
-            yield self._structured([field[slot] for field in self._fields])
-
-    def to(self, device: torch.device | str) -> ReservoirBuffer:
-        """Move the buffer; gives itself."""
-        device = torch.device(device)
-        if self._fields:
-            require_room([field.nbytes for field in self._fields], device)
-        self._fields = [field.to(device) for field in self._fields]
-        self._items, self._seen = self._items.to(device), self._seen.to(device)
-        self._device = device
-        return self
+    def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
+        held, pin = self._at_most_held(count), self.storage == "pinned"
+        return sampled_unchecked(new, self._fields, held, count, self.seed, self._next_draw(), ahead, pin)
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.
@@ -191,8 +128,9 @@ class ReservoirBuffer:
 
         Raises:
             TypeError: ``other`` is no :class:`ReservoirBuffer`.
-            ValueError: it is this buffer itself, its items have another structure, dtype or shape, or it passed over
-                items and holds fewer than this buffer's capacity. Nothing has changed then.
+            ValueError: it is this buffer itself, its items have another structure, dtype or shape, it passed over
+                items and holds fewer than this buffer's capacity, or both passed over items by the same seed's draws.
+                Nothing has changed then.
         """
         if not isinstance(other, ReservoirBuffer):
             raise TypeError(f"other must be a ReservoirBuffer, got {_checks.describe(other)}")
@@ -205,146 +143,46 @@ class ReservoirBuffer:
                 f"other must hold {min(self.capacity, other.seen)} items to be merged into {self.capacity} slots, "
                 f"got a capacity of {other.capacity}"
             )
+        if self.seed == other.seed and self.seen > self.capacity and other.seen > other.capacity:
+            raise ValueError(
+                f"other must have another seed than {self.seed}: with the same draws both passed over the same items"
+            )
         theirs = other._structured([field[: len(other)] for field in other._fields])
         if self._structure is None:
             self._begin(theirs)
         fields, device = self._like_first(theirs), self._items.device
-        first, second = self.seen, other.seen
-        held = min(self.capacity, first + second)
-        # Of so many places in the two streams together, those in the first: a hypergeometric draw.
-        places = ops.sample_without_replacement(first + second, held, seed=self.seed, draw=self._next_draw())
-        from_first = int((places < first).sum())
-        mine = self._choice(len(self), from_first, device)
-        others = self._choice(len(other), held - from_first, device)
-        rows = [torch.cat([field[mine], new[others]]) for field, new in zip(self._fields, fields, strict=True)]
-        items = torch.cat([self._items[mine], other._items.to(device)[others] + first])
-        for field, new in zip(self._fields, rows, strict=True):
-            field[:held] = new
-        self._items[:held] = items
-        self._set_seen(first + second)
+        mine, others = ranks.shares([self.seen, other.seen], self.capacity, self.seed, self._next_draw())
+        parts = [
+            ([*self._notes(), *self._fields], self._choice(len(self), mine, device)),
+            ([other.items.to(device) + self.seen, *fields], self._choice(len(other), others, device)),
+        ]
+        self._replace(self.capacity, self.seen + other.seen, parts)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that :meth:`load_state_dict` needs: numbers, text, and tensors of what is held (copies)."""
-        held = len(self)
-        return {
-            "capacity": self.capacity,
-            "seed": self.seed,
-            "seen": self.seen,
-            "draws": self._draws,
-            "structure": None if self._structure is None else self._structure.to_text(),
-            "items": self._items[:held].clone(),
-            "fields": [field[:held].clone() for field in self._fields],
-        }
+    def merge_ranks(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Become, on every process of a group, the same uniform sample of the streams of all of them together.
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`, onto this buffer's device; then the same stream leaves the same buffer.
+        All call it, with buffers of one capacity and of different seeds, as if their streams had come one after the
+        other in the order of the ranks. How many rows each gives is drawn from the multivariate hypergeometric
+        distribution, and no others are sent. Seeds stay as they are: afterwards the processes sample differently.
+
+        Do it once, at the end: buffers merged twice would count their items twice.
+
+        Args:
+            group: the processes; all of them for ``None``. Its backend must take the buffers' device.
 
         Raises:
-            TypeError: a number or a tensor of the state is none.
-            ValueError: keys are missing or unknown, or numbers and tensors do not fit each other. Nothing has been
-                taken over then.
+            RuntimeError: ``torch.distributed`` is not initialised.
+            TypeError: ``group`` is no process group.
+            ValueError: structures, dtypes, shapes or capacities differ, or two processes passed over items by the same
+                seed's draws. It is raised on all of them, and nothing has changed then.
         """
-        read = files.checked(state)
-        device = self._device or (read.fields[0].device if read.fields else torch.device("cpu"))
-        restored = ReservoirBuffer(read.capacity, seed=read.seed, device=self._device)
-        if read.structure is not None:
-            restored._structure = Structure.from_text(read.structure, len(read.fields))
-            restored._allocate(read.fields, device)
-            for field, rows in zip([restored._items, *restored._fields], [read.items, *read.fields], strict=True):
-                field[: rows.shape[0]] = rows
-            restored._set_seen(read.seen)
-        restored._draws = read.draws
-        self.__dict__.update(restored.__dict__)
+        ranks.merge(self, group)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the buffer as safetensors, beside ``path`` first: a file that was there stays whole until the end.
 
-        Raises:
-            ImportError: safetensors is not installed.
-            OSError: the file cannot be written.
-        """
-        files.save(Path(path), self.state_dict())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], *, device: torch.device | str | None = None) -> ReservoirBuffer:
-        """Read a buffer that :meth:`save` wrote.
-
-        Raises:
-            ImportError: safetensors is not installed.
-            OSError: the file cannot be read.
-            ValueError: it is no saved buffer, or truncated.
-        """
-        buffer = cls(1, device=device)
-        buffer.load_state_dict(files.load(Path(path)))
-        return buffer
-
-    def __repr__(self) -> str:
-        return f"ReservoirBuffer(capacity={self.capacity}, seed={self.seed}, len={len(self)}, seen={self.seen})"
-
-    def _begin(self, batch: Any) -> None:
-        """Take structure, dtypes and shapes from the first batch."""
-        structure, fields = Structure.of(batch)
-        for k, field in enumerate(fields):
-            if field.dim() == 0 or field.shape[0] != fields[0].shape[0]:
-                raise ValueError(
-                    f"batch must hold tensors of as many rows, got {_checks.describe(field)} as its field {k}"
-                )
-        self._allocate(fields, self._device or fields[0].device)
-        self._structure = structure
-
-    def _allocate(self, like: list[Tensor], device: torch.device) -> None:
-        require_room([self.capacity * max(1, field[:1].nbytes) for field in like], device)
-        self._fields = [torch.empty(self.capacity, *t.shape[1:], dtype=t.dtype, device=device) for t in like]
-        self._rows = [(field.dtype, field.shape[1:]) for field in self._fields]
-        self._items = torch.full((self.capacity,), -1, dtype=torch.int64, device=device)
-        self._seen = torch.zeros((), dtype=torch.int64, device=device)
-        self._device = device
-
-    def _like_first(self, batch: Any) -> list[Tensor]:
-        """The fields of a batch on the buffer's device, once they are known to be like the first batch's."""
-        if self._structure is None:
-            raise RuntimeError("the buffer has seen no batch yet")
-        fields = self._structure.fields(batch)
-        count = fields[0].shape[:1]
-        moved = False
-        for k, (field, (dtype, shape)) in enumerate(zip(fields, self._rows, strict=True)):
-            if field.dtype != dtype:
-                raise TypeError(f"batch must have {dtype} in field {k} as the first one, got {_checks.describe(field)}")
-            if field.dim() == 0 or field.shape[1:] != shape or field.shape[:1] != count:
-                raise ValueError(
-                    f"batch must have {list(count)} rows of shape {list(shape)} in field {k}, "
-                    f"got {_checks.describe(field)}"
-                )
-            moved = moved or field.device != self._device
-        return [field.to(self._device) for field in fields] if moved else fields
-
-    def _set_seen(self, count: int) -> None:
-        self._count = count
-        self._seen.fill_(count)
-
-    def _structured(self, fields: list[Tensor]) -> Any:
-        return self._structure.batch(fields) if self._structure is not None else None
-
-    def _next_draw(self) -> int:
-        self._draws += 1
-        return self._draws - 1
-
-    def _choice(self, population: int, count: int, device: torch.device) -> Tensor:  # int64 [count]
-        return sample_unchecked(population, count, self.seed, self._next_draw(), device)
-
-    def _drawn(self, count: int) -> Tensor:  # int64 [count]
-        """Places of different items."""
-        held = len(self)
-        if _checks.integer("count", count, minimum=0) > held:
-            raise ValueError(f"count must be at most the {held} items held, got {count}")
-        return self._choice(held, count, self._items.device)
-
-    def _keep(self, index: Tensor, capacity: int) -> None:
-        """Allocate anew, with the rows of ``index`` in front."""
-        old, items = self._fields, self._items
-        require_room([capacity * max(1, field[:1].nbytes) for field in old], items.device)
-        new = [field.new_empty((capacity, *field.shape[1:])) for field in old]
-        numbers = items.new_full((capacity,), -1)
-        for field, rows in zip([numbers, *new], [items, *old], strict=True):
-            field[: index.numel()] = rows[index]
-        self._fields, self._items = new, numbers
+def _last_writers(slots: Tensor) -> tuple[Tensor, Tensor]:  # int64 [count] -> [written], [written]
+    """Slots that get an item, ascending, and the place of the last item that each gets."""
+    places = (slots >= 0).nonzero().squeeze(1)
+    slots, order = slots[places].sort(stable=True)
+    last = torch.ones_like(slots, dtype=torch.bool)
+    last[:-1] = slots[1:] != slots[:-1]
+    return slots[last], places[order[last]]
