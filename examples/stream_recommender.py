@@ -221,6 +221,7 @@ def draw(path: Path, progress: Progress, items: int) -> None:
 
 def run(arguments: argparse.Namespace, stop: threading.Event) -> tuple[Progress, dict[str, Learner]]:
     """Write the stream, or learn from it, or both."""
+    torch.set_num_threads(1)  # enough for matrices so small, and Kafka's client has threads of its own
     world = World(arguments.items, arguments.seed)
     writer = None
     if arguments.mock or arguments.produce:
@@ -313,7 +314,6 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    torch.set_num_threads(1)  # enough for matrices so small, and Kafka's client has threads of its own
     stop = threading.Event()
     handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
