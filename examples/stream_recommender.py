@@ -68,7 +68,7 @@ class Learner:
     def __init__(self, seed: int, replay: limpet.Replay | None, *, train: bool = True) -> None:
         torch.manual_seed(seed)
         self.model, self.replay, self.train = TwoTower(), replay, train
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=3e-3)
+        self.optimizer = limpet.optim.AdamW(self.model.parameters(), lr=3e-3, weight_decay=0.0)
 
     def learn(self, user: Tensor, product: Tensor) -> None:  # int32 [n] each
         if self.train:
