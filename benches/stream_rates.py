@@ -76,10 +76,10 @@ def main() -> None:
     print("| what | million items a second | the learning thread's time |\n|---|---:|---|")
     for batch in (256, 4096, 65536):
         reservoir_alone(batch)
-    for batch, items in ((256, 10_000_000), (4096, 40_000_000), (65536, 80_000_000)):
+    for batch, items in ((256, 10_000_000), (4096, 40_000_000), (65536, 60_000_000)):
         filler = Learner(0, limpet.Replay(CAPACITY), train=False)
         through_kafka("Kafka to the buffer", filler, items=items, batch=batch)
-    for batch, items in ((256, 200_000), (4096, 400_000)):
+    for batch, items in ((256, 150_000), (4096, 250_000)):
         for name, replay in (("with replay", limpet.Replay(CAPACITY, fraction=0.2)), ("without", None)):
             through_kafka(f"trained online {name}", Learner(0, replay), items=items, batch=batch)
 

@@ -72,12 +72,12 @@ class Learner:
 
     def learn(self, user: Tensor, product: Tensor) -> None:  # int32 [n] each
         if self.train:
-            mixed = self.replay.mix(user, product) if self.replay else (user, product)
+            mixed = self.replay.mix(user, product) if self.replay is not None else (user, product)
             loss = self.model(*mixed)
             self.optimizer.zero_grad()
             loss.backward()
             self.optimizer.step()
-        if self.replay:
+        if self.replay is not None:
             self.replay.observe(user, product)
 
     @torch.no_grad()
