@@ -19,6 +19,12 @@ class Structure:
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self._spec == other._spec
+
+    def __repr__(self) -> str:
+        return repr(self._spec)
+
     @staticmethod
     def of(batch: Any) -> tuple[Structure, list[Tensor]]:
         """A first batch's structure and its fields."""
