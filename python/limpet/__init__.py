@@ -3,14 +3,22 @@
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
 ['AccuracyMatrix', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
- 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim',
- 'suggest_strength']
+ 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher',
+ 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
 from limpet.buffers import ReservoirBuffer
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, Composite, MemoryAwareSynapses, Replay, RWalk, SynapticIntelligence
+from limpet.methods import (
+    EWC,
+    Composite,
+    MemoryAwareSynapses,
+    ProgressiveNetwork,
+    Replay,
+    RWalk,
+    SynapticIntelligence,
+)
 from limpet.metrics import AccuracyMatrix
 from limpet.strength import suggest_strength
 
@@ -23,6 +31,7 @@ __all__ = [
     "DiagonalFisher",
     "FisherAccumulator",
     "MemoryAwareSynapses",
+    "ProgressiveNetwork",
     "RWalk",
     "Replay",
     "ReservoirBuffer",
