@@ -191,14 +191,20 @@ class Buffer(ABC):
 
     def _begin(self, batch: Any) -> None:
         """Take structure, dtypes and shapes from the first batch."""
+        structure, fields = self._first(batch)
+        self._allocate(fields, self._device or fields[0].device)
+        self._structure = structure
+
+    @staticmethod
+    def _first(batch: Any) -> tuple[Structure, list[Tensor]]:
+        """A first batch's structure and fields."""
         structure, fields = Structure.of(batch)
         for k, field in enumerate(fields):
             if field.dim() == 0 or field.shape[0] != fields[0].shape[0]:
                 raise ValueError(
                     f"batch must hold tensors of as many rows, got {_checks.describe(field)} as its field {k}"
                 )
-        self._allocate(fields, self._device or fields[0].device)
-        self._structure = structure
+        return structure, fields
 
     def _allocate(self, like: list[Tensor], device: torch.device) -> None:
         require_room([self.capacity * max(1, field[:1].nbytes) for field in like], device)
@@ -254,7 +260,7 @@ class Buffer(ABC):
         held = len(self)
         if _checks.integer("count", count, minimum=0) > held:
             raise ValueError(f"count must be at most the {held} items held, got {count}")
-        return self._choice(held, count, self._items.device)
+        return self._choice(held, count, self._seen.device)
 
     def _keep(self, index: Tensor, capacity: int) -> None:
         """Allocate anew, with the rows of ``index`` in front."""

@@ -7,6 +7,7 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.keyed import keyed_insert_
 from limpet.ops.narrow import pack_anchor, pack_importance, unpack_anchor, unpack_importance
 from limpet.ops.optim import adamw_step_, sgd_step_
 from limpet.ops.path_integral import path_integral_update_
@@ -17,6 +18,7 @@ __all__ = [
     "adamw_step_",
     "add_quadratic_penalty_grad_",
     "gather_rows",
+    "keyed_insert_",
     "pack_anchor",
     "pack_importance",
     "path_integral_update_",
