@@ -369,15 +369,17 @@ void bind_keyed(py::module_& m) {
       }))
       .def("insert",
            [notes](cpu::KeyedIndex& index, const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
-                   const Fixed<3>& addresses, Address group, Address weight, std::int64_t first, std::int64_t count,
+                   const Fixed<3>& addresses, Address group, Address weight, Address seen, std::int64_t count,
                    std::uint64_t seed, int threads) {
              const auto fields = row_fields(stored, batch, row_bytes);
+             auto* const number = pointer<std::int64_t>(seen);
              const py::gil_scoped_release release;
              index.insert({fields.data(),
                            static_cast<int>(fields.size()),
                            notes(addresses),
-                           {pointer<const std::int64_t>(group), pointer<const double>(weight), first, count, seed}},
+                           {pointer<const std::int64_t>(group), pointer<const double>(weight), *number, count, seed}},
                           threads);
+             *number += count;
            })
       .def("select", [](const cpu::KeyedIndex& index, Address places, std::int64_t count, Address slots) {
         index.select(pointer<const std::int64_t>(places), count, pointer<std::int64_t>(slots));

@@ -2,7 +2,7 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from math import inf, log1p
+from math import inf, log, log1p
 
 import torch
 
@@ -15,13 +15,18 @@ WORD = 2**32 - 1
 def bits(items: range, seed: int) -> list[int]:
     """63 random bits of each item."""
     counters = [[item // 2 & WORD, item // 2 >> 32, 0, KEY << 16] for item in items]
-    words = philox(torch.tensor(counters).view(-1, 4), (seed & WORD, seed >> 32)).tolist()
+    words = philox(torch.tensor(counters, dtype=torch.int64).view(-1, 4), (seed & WORD, seed >> 32)).tolist()
     return [(w[2 * (item % 2)] << 32 | w[2 * (item % 2) + 1]) >> 1 for item, w in zip(items, words, strict=True)]
 
 
 def exponentials(items: range, seed: int, weights: Sequence[float]) -> list[float]:
     """Keys of weighted items: -log(u) / w."""
-    return [-log1p(-b / 2**63) / w if w else inf for b, w in zip(bits(items, seed), weights, strict=True)]
+    return [exponential(b) / w if w else inf for b, w in zip(bits(items, seed), weights, strict=True)]
+
+
+def exponential(b: int) -> float:
+    """-log(1 - b / 2^63), from the side on which it can be told exactly."""
+    return -log1p(-b / 2**63) if b < 2**62 else -log((2**63 - b) / 2**63)
 
 
 def held(keys: Sequence[float], groups: Sequence[int], capacity: int) -> list[int]:

@@ -22,13 +22,17 @@ def by_sorts(*tensors, seed, group=None, weight=None):
 INSERTS = [ops.keyed_insert_, by_sorts]
 
 
-def empty(capacity, *shape):
+def empty(capacity, *shape, dtype=None):
     """Fields, notes (items, keys, groups) and the number seen."""
-    return [torch.zeros(capacity, *shape)], [torch.full((capacity,), -1) for _ in range(3)], torch.tensor(0)
+    return (
+        [torch.zeros(capacity, *shape, dtype=dtype)],
+        [torch.full((capacity,), -1) for _ in range(3)],
+        torch.tensor(0),
+    )
 
 
 def inserted(insert, x, cuts, capacity, seed, group=None, weight=None, first=0):
-    fields, notes, seen = empty(capacity, *x.shape[1:])
+    fields, notes, seen = empty(capacity, *x.shape[1:], dtype=x.dtype)
     seen += first
     begin = 0
     for count in cuts:
@@ -51,7 +55,7 @@ def cut(draw, total):
     return cuts
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data(), st.integers(1, 60), st.integers(1, 25), st.integers(1, 40), SEEDS)
 def test_groups_as_when_everything_is_kept(data, total, capacity, different, seed):
     values = data.draw(st.lists(st.integers(-(2**63), 2**63 - 1), min_size=different, max_size=different))
@@ -87,18 +91,15 @@ def test_exponential_keys_are_accurate_and_the_same_in_both():
     (_, one), (_, other) = (inserted(i, torch.zeros(total), [total], total, seed, weight=weight) for i in INSERTS)
     assert torch.equal(one[1], other[1])
     exact = torch.tensor(keyed_loop.exponentials(range(total), seed, weight.tolist()), dtype=torch.float64)
-    torch.testing.assert_close(one[1].view(torch.float64), exact, rtol=4 * 2**-53, atol=0)
+    torch.testing.assert_close(one[1].view(torch.float64), exact, rtol=8 * 2**-53, atol=0)
 
 
 def test_exponentials_at_the_ends():
-    bits = torch.tensor([0, 1, 2**20, 2**61 - 1, 2**61, 2**62, 2**63 - 2**10, 2**63 - 1])
-    exact = [-(torch.tensor(1 - b / 2**63, dtype=torch.float64).log()) for b in bits[3:7].tolist()]
-    got = reference._exponential(bits)
-    assert got[0] == 0
+    bits = [0, 1, 3, 2**20 + 1, 2**61 - 1, 2**61, 2**62 - 1, 2**62, 2**62 + 2**61, 2**63 - 2**20, 2**63 - 7, 2**63 - 1]
+    got = reference._exponential(torch.tensor(bits))
     assert not got.signbit().any()
-    torch.testing.assert_close(got[1:3], bits[1:3] * 2.0**-63, rtol=1e-12, atol=0)
-    torch.testing.assert_close(got[3:7], torch.stack(exact), rtol=1e-15, atol=0)
-    assert 43 < got[7] < 44
+    exact = torch.tensor([keyed_loop.exponential(b) for b in bits], dtype=torch.float64)
+    torch.testing.assert_close(got, exact, rtol=8 * 2**-53, atol=0)
 
 
 @pytest.mark.parametrize("first", [1, 2**31 - 3, 2**32 - 1001, 2**40 + 1, 2**62 + 5])
@@ -139,33 +140,43 @@ def test_threads_and_cuts_change_nothing(weighted):
 
 
 LEVEL = """
-import torch
-from limpet import ops
-fields, seen = [torch.zeros(500)], torch.tensor(0)
-notes = [torch.full((500,), -1) for _ in range(3)]
-weight = torch.arange(1, 20_001).double().rsqrt()
-ops.keyed_insert_(fields, *notes, seen, [torch.arange(20_000.0)], seed=3, group=torch.arange(20_000) % 3, weight=weight)
-print(hash(tuple(notes[1].sort().values.tolist())))
+import importlib.util, sys
+from array import array
+spec = importlib.util.spec_from_file_location("_core", sys.argv[1])  # the package would import torch
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+keys, items, groups = (array("q", [-1] * 500) for _ in range(3))
+seen, group = array("q", [0]), array("q", [k % 3 for k in range(20_000)])
+weight = array("d", [(k + 1) ** -0.5 for k in range(20_000)])
+notes, others = ([t.buffer_info()[0] for t in some] for some in ((items, keys, groups), (group, weight, seen)))
+core.KeyedIndex(notes, 500).insert([], [], [], notes, *others, 20_000, 3, 1)
+print(core.build_info()["instruction_set"], hash(tuple(sorted(keys))))
 """
 
 
 def test_every_instruction_set_draws_the_same_keys():
     results = {}
     for level in _core.build_info()["instruction_sets"]:
-        env = {**os.environ, "LIMPET_CPU": level}
-        run = subprocess.run([sys.executable, "-c", LEVEL], env=env, capture_output=True, text=True, check=False)
+        run = subprocess.run(
+            [sys.executable, "-c", LEVEL, _core.__file__],
+            env={**os.environ, "LIMPET_CPU": level},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         if "does not have it" not in run.stderr:
-            results[level] = int(run.stdout)
+            used, results[level] = run.stdout.split()
+            assert used == level
     assert "baseline" in results
     assert len(set(results.values())) == 1, results
 
 
 def test_more_groups_than_slots_and_groups_that_come_and_go():
-    total, capacity = 20_000, 300
-    group = torch.randperm(total, generator=torch.Generator().manual_seed(0)) % 5000
+    total, capacity = 3000, 200
+    group = torch.randperm(total, generator=torch.Generator().manual_seed(0)) % 700
     group[::7] = 3
     expected = keyed_loop.held(keyed_loop.bits(range(total), 2), group.tolist(), capacity)
-    cuts = [1000] * 20
+    cuts = [300] * 10
     for insert in INSERTS:
         assert inserted(insert, torch.arange(total), cuts, capacity, 2, group)[1][0].tolist() == expected
 

@@ -33,7 +33,8 @@ LIMPET_FORMULA To same_bits(const From& from) {
 template <class Real, class Int, class Convert>
 LIMPET_FORMULA Real exponential(const Int& bits, const Convert& real) {
   // 1 - u = 2^exponent (1 + f), 1 + f in [sqrt(1/2), sqrt(2)); where u is small, f is -u itself.
-  const Int shifted = same_bits<Int>(static_cast<Real>(real((kMostBits - bits) | 1) * 0x1p-63)) + (kOne - kRootHalf);
+  const Real rest = (real(kMostBits - bits) + 1.0) * 0x1p-63;
+  const Int shifted = same_bits<Int>(rest) + (kOne - kRootHalf);
   const Real mantissa = same_bits<Real>(static_cast<Int>((shifted & kFraction) + kRootHalf));
   const auto small = bits < (1ll << 61);
   const Real f = small ? real(bits) * -0x1p-63 : mantissa - 1.0;

@@ -211,7 +211,7 @@ class KeyedIndex:
         notes: list[int],
         group: int,
         weight: int,
-        first: int,
+        seen: int,
         count: int,
         seed: int,
         threads: int,

@@ -555,7 +555,8 @@ _LOG = (
 
 def _exponential(bits: Tensor) -> Tensor:  # int64 [n], 63 bits -> float64 [n]
     """``-log(1 - bits / 2^63)`` from operations that round in one way on every device, so not torch's own logarithm."""
-    shifted = (((2**63 - 1 - bits) | 1).double() * 2.0**-63).view(torch.int64) + (_ONE - _ROOT_HALF)
+    rest = ((2**63 - 1 - bits).double() + 1.0) * 2.0**-63
+    shifted = rest.view(torch.int64) + (_ONE - _ROOT_HALF)
     mantissa = ((shifted & _FRACTION) + _ROOT_HALF).view(torch.float64)
     small = bits < 2**61
     f = torch.where(small, bits.double() * -(2.0**-63), mantissa - 1.0)

@@ -30,6 +30,8 @@ class Buffer(ABC):
     _KIND: ClassVar[str]  # its name in files
     _NOTES: ClassVar[dict[str, torch.dtype]] = {"items": torch.int64}  # of each slot; the attribute `_items`, and so on
 
+    _FULL: ClassVar[bool] = True  # it holds as many of the items seen as it has slots for
+
     _items: Tensor  # int64 [capacity], the number of the item in each slot; -1 in free ones
 
     def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
@@ -152,7 +154,7 @@ class Buffer(ABC):
             ValueError: keys are missing or unknown, or numbers and tensors do not fit each other. Nothing has been
                 taken over then.
         """
-        read = files.checked(state, self._NOTES)
+        read = files.checked(state, self._NOTES, full=self._FULL)
         device = self._device or (read.fields[0].device if read.fields else torch.device("cpu"))
         restored = type(self)(read.capacity, seed=read.seed, device=self._device)
         if read.structure is not None:

@@ -95,20 +95,19 @@ class KeyedBuffer(OrderedBuffer):
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
         return {**self.__dict__, "_index": None}
 
-    def _insert(self, batch: Any, group: Tensor | None, weight: Tensor | None) -> None:
+    def _insert(self, batch: Any, fields: list[Tensor], group: Tensor | None, weight: Tensor | None) -> None:
         """Insert items, whose groups and weights have been checked."""
         if self._structure is None:
             self._begin(batch)
-        fields = self._like_first(batch)
-        count = fields[0].shape[0]
-        group, weight = (None if t is None else t.to(self._items.device) for t in (group, weight))
+            fields = self._like_first(batch)
         index = self._present_index()
         if index is None:
+            group, weight = (None if t is None else t.to(self._device) for t in (group, weight))
             keyed.insert_dispatched_(self._fields, *self._notes(), self._seen, fields, group, weight, self.seed)
-            self._count += count
         else:
-            keyed.index_insert_(index, self._fields, self._notes(), self.seen, fields, group, weight, self.seed)
-            self._set_seen(self.seen + count)
+            group, weight = (None if t is None else t.cpu() for t in (group, weight))
+            keyed.index_insert_(index, self._fields, self._notes(), self._seen, fields, group, weight, self.seed)
+        self._count += fields[0].shape[0]
 
     def _present_index(self) -> _core.KeyedIndex | None:
         if self._index is None and keyed.plain(self._items):
@@ -192,7 +191,7 @@ class ClassBalancedReservoir(KeyedBuffer):
                 not given and there is no such field, or more than one. Nothing has changed then.
         """
         fields = self._fields_of(batch)
-        self._insert(batch, _groups_of(fields, group), None)
+        self._insert(batch, fields, _groups_of(fields, group), None)
 
 
 class WeightedReservoir(KeyedBuffer):
@@ -249,7 +248,7 @@ class WeightedReservoir(KeyedBuffer):
         else:
             number = _checks.finite_number("weight", weight, minimum=0.0)
             weight = torch.full((count,), number, dtype=torch.float64, device=device)
-        self._insert(batch, None, weight)
+        self._insert(batch, fields, None, weight)
 
 
 def _groups_of(fields: list[Tensor], group: Tensor | int | None) -> Tensor:  # int64 [count]

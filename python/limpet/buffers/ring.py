@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from limpet import _checks
 from limpet.buffers.ordered import OrderedBuffer
+from limpet.ops.reservoir import copy_unchecked_
 
 
 class RingBuffer(OrderedBuffer):
@@ -44,10 +46,13 @@ class RingBuffer(OrderedBuffer):
     _KIND = "ring"
     _NOTES: ClassVar[dict[str, torch.dtype]] = {}  # which item lies where follows from the number seen
 
+    _FULL = False  # it may have grown since it let items go
+
+    _held: int = 0
     _oldest: int = 0  # its slot
 
     def __len__(self) -> int:
-        return min(self.seen, self.capacity)
+        return self._held
 
     @property
     def items(self) -> Tensor:  # int64 [len]
@@ -65,16 +70,15 @@ class RingBuffer(OrderedBuffer):
         if self._structure is None:
             self._begin(batch)
         fields = self._like_first(batch)
-        count, held = fields[0].shape[0], len(self)
+        count, held = fields[0].shape[0], self._held
         new = min(count, self.capacity)  # of a larger batch only its end
         first = (self._oldest + held + count - new) % self.capacity
         ahead = min(new, self.capacity - first)  # rows until the end of the ring
-        for stored, rows in zip(self._fields, fields, strict=True):
-            rows = rows.detach()[count - new :]
-            stored[first : first + ahead] = rows[:ahead]
-            if ahead < new:
-                stored[: new - ahead] = rows[ahead:]
+        copy_unchecked_(self._fields, first, fields, count - new, ahead)
+        if ahead < new:
+            copy_unchecked_(self._fields, 0, fields, count - new + ahead, new - ahead)
         self._oldest = (self._oldest + max(0, held + count - self.capacity)) % self.capacity
+        self._held = min(self.capacity, held + count)
         self._count += count
 
     def resize(self, capacity: int) -> None:
@@ -87,12 +91,24 @@ class RingBuffer(OrderedBuffer):
         capacity = _checks.integer("capacity", capacity, minimum=1)
         if self._structure is not None:
             self._keep(self._order()[-capacity:], capacity)
-        self.capacity, self._oldest = capacity, 0
+        self.capacity, self._held, self._oldest = capacity, min(self._held, capacity), 0
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs: numbers, text, and tensors of what is held (copies)."""
         order = self._order()
         return super().state_dict() | {"fields": [field[order] for field in self._fields]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over a :meth:`state_dict`, onto this buffer's device; then the same stream leaves the same buffer.
+
+        Raises:
+            TypeError: a number or a tensor of the state is none.
+            ValueError: keys are missing or unknown, or numbers and tensors do not fit each other. Nothing has been
+                taken over then.
+        """
+        super().load_state_dict(state)
+        self._held = state["fields"][0].shape[0] if state["fields"] else 0
+        self._oldest = 0
 
     def _slots_of(self, places: Tensor) -> Tensor:  # int64 [count] -> int64 [count]
         return (places + self._oldest) % self.capacity if self._oldest else places

@@ -19,6 +19,12 @@ class Structure:
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
 
+    def __deepcopy__(self, memo: Any) -> Structure:  # nothing of it changes
+        return self
+
+    def __reduce__(self) -> Any:  # torch's own specs warn when they are unpickled
+        return Structure.from_text, (self.to_text(), self._spec.num_leaves)
+
     @staticmethod
     def of(batch: Any) -> tuple[Structure, list[Tensor]]:
         """A first batch's structure and its fields."""

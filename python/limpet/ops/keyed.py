@@ -42,8 +42,7 @@ def _insert_cpu(
     seed: int,
 ) -> None:
     notes = [items, keys, groups]
-    index_insert_(index_of(notes), stored, notes, int(seen), batch, group, weight, seed)
-    seen += batch[0].shape[0]
+    index_insert_(index_of(notes), stored, notes, seen, batch, group, weight, seed)
 
 
 LIBRARY.impl("keyed_insert_", _insert_cpu, "CPU")
@@ -64,7 +63,7 @@ def index_insert_(
     index: _core.KeyedIndex,
     stored: Sequence[Tensor],  # [capacity, *] each
     notes: list[Tensor],  # int64 [capacity] each: items, keys, groups
-    seen: int,
+    seen: Tensor,  # int64 []
     batch: Sequence[Tensor],  # [count, *] each
     group: Tensor | None,  # int64 [count]
     weight: Tensor | None,  # float64 [count]
@@ -78,7 +77,7 @@ def index_insert_(
         [note.data_ptr() for note in notes],
         0 if group is None else group.data_ptr(),
         0 if weight is None else weight.data_ptr(),
-        seen,
+        seen.data_ptr(),
         rows[0].shape[0],
         seed,
         _launch.threads(),

@@ -155,6 +155,25 @@ def mixed_unchecked(
     return rows
 
 
+def copy_unchecked_(
+    stored: list[Tensor],  # [capacity, *] each
+    slot: int,
+    batch: list[Tensor],  # [rows, *] each
+    begin: int,
+    count: int,
+) -> None:
+    """Rows ``begin`` to ``begin + count`` into the slots from ``slot`` on, all fields in one call where possible."""
+    if not _plain(stored[0]):
+        for to, rows in zip(stored, batch, strict=True):
+            to[slot : slot + count] = rows.detach()[begin : begin + count]
+        return
+    rows = [t if t.is_contiguous() else t.contiguous() for t in batch]
+    row_bytes = [t.nbytes // t.shape[0] for t in stored]
+    to = [t.data_ptr() + slot * size for t, size in zip(stored, row_bytes, strict=True)]
+    new = [t.data_ptr() + begin * size for t, size in zip(rows, row_bytes, strict=True)]
+    _core.gather_rows(to, to, row_bytes, new, count, 0, 0, 0, _launch.threads())
+
+
 def sample_unchecked(
     population: int,
     count: int,
