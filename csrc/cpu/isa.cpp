@@ -17,6 +17,7 @@ namespace limpet::cpu {
   void fill_optim(Kernels&);         \
   void fill_reservoir(Kernels&);     \
   void fill_keyed(Kernels&);         \
+  void fill_gated_lateral(Kernels&); \
   static Kernels table() {           \
     Kernels kernels{};               \
     fill_quadratic(kernels);         \
@@ -27,6 +28,7 @@ namespace limpet::cpu {
     fill_optim(kernels);             \
     fill_reservoir(kernels);         \
     fill_keyed(kernels);             \
+    fill_gated_lateral(kernels);     \
     return kernels;                  \
   }                                  \
   }

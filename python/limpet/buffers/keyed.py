@@ -17,13 +17,16 @@ if TYPE_CHECKING:
 
 
 class KeyedBuffer(OrderedBuffer):
-    """What is common to them. Items of equal rank in their groups are kept by groups; see :func:`ops.keyed_insert_`."""
+    """What is common to them: :func:`limpet.ops.keyed_insert_` says what is held."""
 
     _NOTES: ClassVar[dict[str, torch.dtype]] = dict.fromkeys(("items", "keys", "groups"), torch.int64)
 
     _keys: Tensor  # int64 [capacity]
     _groups: Tensor  # int64 [capacity]
     _index: _core.KeyedIndex | None  # follows from the notes; made when it is needed
+
+    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+        super().__init__(capacity, seed=seed, device=device)
 
     def __len__(self) -> int:
         return min(self.seen, self.capacity)
@@ -83,14 +86,16 @@ class KeyedBuffer(OrderedBuffer):
             self._begin(theirs)
         rows, first, held = self._like_first(theirs), self.seen, len(self)
         items, keys, groups = (note[: len(other)].to(self._seen.device) for note in other._notes())
-        new = [items + first, keys, groups, *rows]
-        old = [*self._notes(), *self._fields]
-        together = [torch.cat([mine[:held], more]) for mine, more in zip(old, new, strict=True)]
-        kept = reference.keyed_order(*together[:3])[: self.capacity]
-        for mine, both in zip(old, together, strict=True):
-            mine[: kept.numel()] = both[kept]
-        self._set_seen(first + other.seen)
-        self._index = None
+        together = (
+            torch.cat([mine[:held], more])
+            for mine, more in zip(self._notes(), (items + first, keys, groups), strict=True)
+        )
+        kept = reference.keyed_order(*together)[: self.capacity]
+        parts = [
+            ([*self._notes(), *self._fields], kept[kept < held]),
+            ([items + first, keys, groups, *rows], kept[kept >= held] - held),
+        ]
+        self._replace(self.capacity, first + other.seen, parts)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
         return {**self.__dict__, "_index": None}

@@ -51,6 +51,9 @@ class RingBuffer(OrderedBuffer):
     _held: int = 0
     _oldest: int = 0  # its slot
 
+    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+        super().__init__(capacity, seed=seed, device=device)
+
     def __len__(self) -> int:
         return self._held
 

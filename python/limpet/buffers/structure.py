@@ -25,6 +25,12 @@ class Structure:
     def __reduce__(self) -> Any:  # torch's own specs warn when they are unpickled
         return Structure.from_text, (self.to_text(), self._spec.num_leaves)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self._spec == other._spec
+
+    def __repr__(self) -> str:
+        return repr(self._spec)
+
     @staticmethod
     def of(batch: Any) -> tuple[Structure, list[Tensor]]:
         """A first batch's structure and its fields."""
