@@ -4,6 +4,7 @@ import random
 from collections import defaultdict
 
 import numpy as np
+import pytest
 import torch
 
 from limpet import ClassBalancedReservoir, RingBuffer, WeightedReservoir
@@ -101,7 +102,7 @@ def weighted(buffer, x, y, weights):
 
 def measured(compare, count, ours, numpys, what, peers=None):
     """``ours`` and ``numpys`` add one batch; the items that are let through grow fewer alike."""
-    times = max(1, 81_920 // count)
+    times = 81_920 // count
     calls = {"ours": many(ours, times), "baseline": many(numpys, times)}
     calls |= {name: many(call, times) for name, call in (peers or {}).items()}
     bound = "50 M items a second" if count == 4096 else ""
@@ -109,58 +110,49 @@ def measured(compare, count, ours, numpys, what, peers=None):
     result.notes["M items a second"] = round(times * count / result.milliseconds / 1e3)
 
 
-def test_equal_shares(compare, in_earnest):
-    for count in (256, 4096):
-        x, y, _ = stream(count)
-        buffer, numpys = after_a_million(ClassBalancedReservoir(CAPACITY), balanced), NumpyKeyed(SEEN)
-        array, groups = x.numpy(), y.numpy()
-        peers = {}
-        if in_earnest and count == 4096:
-            loop, cat = DictOfReservoirs(), SortedByKey()
-            peers = {
-                "dict of reservoirs": lambda x=x, y=y, loop=loop: loop.add(x, y),
-                "sort and cat": lambda x=x, cat=cat: cat.add(x),
-            }
-        measured(
-            compare,
-            count,
-            lambda b=buffer, x=x, y=y: b.add((x, y)),
-            lambda n=numpys, a=array, g=groups: n.add(a, g),
-            "class-balanced",
-            peers,
-        )
+COUNTS = pytest.mark.parametrize("count", [256, 4096])
 
 
-def test_weighted(compare):
-    for count in (256, 4096):
-        x, y, weights = stream(count)
-        buffer, numpys = after_a_million(WeightedReservoir(CAPACITY), weighted), NumpyKeyed(SEEN)
-        numpys.groups[:] = 0
-        numpys._bound()
-        array, groups, double = x.numpy(), np.zeros(count, np.int64), weights.double().numpy()
-        measured(
-            compare,
-            count,
-            lambda b=buffer, x=x, y=y, w=weights: b.add((x, y), weight=w),
-            lambda n=numpys, a=array, g=groups, w=double: n.add(a, g, w),
-            "weighted",
-        )
+@COUNTS
+def test_equal_shares(count, compare, in_earnest):
+    x, y, _ = stream(count)
+    buffer, numpys = after_a_million(ClassBalancedReservoir(CAPACITY), balanced), NumpyKeyed(SEEN)
+    array, groups, peers = x.numpy(), y.numpy(), {}
+    if in_earnest and count == 4096:
+        loop, sort = DictOfReservoirs(), SortedByKey()
+        peers = {"dict of reservoirs": lambda: loop.add(x, y), "sort and cat": lambda: sort.add(x)}
+    measured(compare, count, lambda: buffer.add((x, y)), lambda: numpys.add(array, groups), "class-balanced", peers)
 
 
-def test_ring(compare):
-    for count in (256, 4096):
-        x, y, _ = stream(count)
-        buffer, rows = RingBuffer(CAPACITY), [torch.zeros(CAPACITY, ROW), torch.zeros(CAPACITY, dtype=torch.int64)]
-        times = max(1, 81_920 // count)
+@COUNTS
+def test_weighted(count, compare):
+    x, y, weights = stream(count)
+    buffer, numpys = after_a_million(WeightedReservoir(CAPACITY), weighted), NumpyKeyed(SEEN)
+    numpys.groups[:] = 0
+    numpys._bound()
+    array, groups, double = x.numpy(), np.zeros(count, np.int64), weights.double().numpy()
+    measured(
+        compare,
+        count,
+        lambda: buffer.add((x, y), weight=weights),
+        lambda: numpys.add(array, groups, double),
+        "weighted",
+    )
 
-        def cat(rows=rows, new=(x, y)):
-            rows[:] = [torch.cat([old, more])[-CAPACITY:] for old, more in zip(rows, new, strict=True)]
 
-        held = [torch.zeros(count, ROW), torch.zeros(count, dtype=torch.int64)]
-        calls = {
-            "ours": many(lambda b=buffer, x=x, y=y: b.add((x, y)), times),
-            "cat": many(cat, times),
-            "baseline": many(lambda held=held, x=x, y=y: (held[0].copy_(x), held[1].copy_(y)), times),
-        }
-        result = compare(f"ring, {count} rows of {ROW} with labels", "copying the rows alone", "", calls)
-        result.notes["M items a second"] = round(times * count / result.milliseconds / 1e3)
+@COUNTS
+def test_ring(count, compare):
+    x, y, _ = stream(count)
+    buffer, rows = RingBuffer(CAPACITY), [torch.zeros(CAPACITY, ROW), torch.zeros(CAPACITY, dtype=torch.int64)]
+    to, times = [torch.zeros(count, ROW), torch.zeros(count, dtype=torch.int64)], 81_920 // count
+
+    def cat():
+        rows[:] = [torch.cat([old, new])[-CAPACITY:] for old, new in zip(rows, (x, y), strict=True)]
+
+    calls = {
+        "ours": many(lambda: buffer.add((x, y)), times),
+        "cat": many(cat, times),
+        "baseline": many(lambda: (to[0].copy_(x), to[1].copy_(y)), times),
+    }
+    result = compare(f"ring, {count} rows of {ROW} with labels", "copying the rows alone", "", calls)
+    result.notes["M items a second"] = round(times * count / result.milliseconds / 1e3)

@@ -172,6 +172,6 @@ def weights(name: str, value: Any, count: int, device: torch.device) -> Tensor: 
     low, high = value.aminmax()
     if value.device.type != "cpu":  # looking would wait for the device
         torch._assert_async((low >= 0) & (high < torch.inf))
-    elif not (low >= 0 and high < torch.inf):
+    elif not (low.item() >= 0 and high.item() < torch.inf):
         raise ValueError(f"{name} must be finite and at least 0, got values from {low.item():g} to {high.item():g}")
     return value
