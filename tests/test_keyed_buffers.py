@@ -304,6 +304,15 @@ def test_refused_merges():
             one.merge(other)
 
 
+@pytest.mark.parametrize("items", [[0, 1, 1], [0, 1, 9], [0, -1, 2], [[0], [1], [2]]])
+def test_states_without_sense_are_refused(items):
+    buffer = ClassBalancedReservoir(3)
+    buffer.add(torch.arange(9))
+    with pytest.raises(ValueError, match=r"state\['items'\] must have one number for each item"):
+        buffer.load_state_dict({**buffer.state_dict(), "items": torch.tensor(items)})
+    assert len(buffer.sample(3)) == 3
+
+
 def test_memory_does_not_grow_with_the_number_of_groups():
     resource = pytest.importorskip("resource")
     buffer = ClassBalancedReservoir(1000)

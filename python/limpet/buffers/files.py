@@ -54,9 +54,16 @@ def checked(state: Any, notes: Mapping[str, torch.dtype], *, full: bool) -> Stat
     for name, note in of_slots:
         if note.dtype != notes[name]:
             raise TypeError(f"state['{name}'] must be {notes[name]}, got {_checks.describe(note)}")
+        if note.dim() != 1 or (name == "items" and held and not _are_numbers(note, seen)):
+            raise ValueError(f"state['{name}'] must have one number for each item, got {_checks.describe(note)}")
     if (structure is None) != (not fields) or (held and structure is None):
         raise ValueError(f"state must hold fields and their structure, got {len(fields)} and {structure!r}")
     return State(capacity, seed, seen, draws, structure, [note for _, note in of_slots], list(fields))
+
+
+def _are_numbers(items: Tensor, seen: int) -> bool:
+    """Whether these are numbers of different items of a stream."""
+    return items.min().item() >= 0 and items.max().item() < seen and items.unique().numel() == items.numel()
 
 
 def save(path: Path, kind: str, state: Mapping[str, Any]) -> None:
