@@ -46,6 +46,14 @@ def test_run_with_synaptic_intelligence_forgets_less(tmp_path):
     assert results["si"]["forgetting"] < 0.5 * results["finetune"]["forgetting"]
 
 
+def test_run_with_a_progressive_network_forgets_nothing(tmp_path):
+    assert cli.main([*QUICK, "--methods", "progressive", "--iterations", "3", "--report", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())["methods"]["progressive"]
+    assert result["bwt"] == result["forgetting"] == 0.0
+    assert result["fwt"] is None
+    assert result["task_parameters"] == sorted(set(result["task_parameters"]))
+
+
 def test_run_with_several_seeds_shows_means(tmp_path, capsys):
     arguments = ["--iterations", "2", "--fisher-labels", "expected", "--seed", "4", "--seeds", "2", "--shuffle-classes"]
     assert cli.main([*QUICK, *arguments, "--report", str(tmp_path)]) == 0
@@ -105,6 +113,7 @@ def test_defaults_are_the_demo():
         (["--lr", "0"], "learning_rate must be above 0"),
         (["--strength", "-1"], "strength must be finite and at least 0"),
         (["--methods", "si", "--si-strength", "-1"], "si_strength must be finite and at least 0"),
+        (["--methods", "progressive", "--setting", "class"], "needs --setting task, got 'class'"),
         (["--report", __file__], "--report must name a folder"),
     ],
 )

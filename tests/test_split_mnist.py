@@ -6,6 +6,8 @@ import os
 import pytest
 
 from limpet import cli
+from limpet.scenarios import datasets, runner, streams
+from limpet.scenarios.models import ProgressiveMLP
 
 FULL = os.environ.get("LIMPET_DATA")
 
@@ -25,3 +27,23 @@ def test_ewc_and_si_keep_what_fine_tuning_forgets(tmp_path):
     assert accuracy["finetune"] < 0.97
     assert methods["ewc"]["bwt"] > -0.01 > methods["finetune"]["bwt"]
     assert methods["si"]["bwt"] > -0.015
+
+
+class Separate(ProgressiveMLP):
+    """A network for each task: columns that read nothing."""
+
+    def begin_task(self, task):
+        super().begin_task(task)
+        column = self.columns.columns[-1]
+        column.prune(column.pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_progressive_networks_are_as_good_as_separate_ones():
+    dataset = datasets.load("mnist-subset") if FULL is None else datasets.load("mnist", FULL)
+    methods = {"progressive": ProgressiveMLP.beside, "separate": Separate.beside}
+    training = runner.Training(iterations=500, evaluations_per_task=1)
+    progressive, separate = (result.matrix for result in runner.run(streams.split(dataset), methods, training))
+    assert progressive.average_accuracy() >= separate.average_accuracy() - 0.003
+    assert progressive.forgetting() == separate.forgetting() == 0.0

@@ -3,14 +3,22 @@
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
 ['AccuracyMatrix', 'ClassBalancedReservoir', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator',
- 'MemoryAwareSynapses', 'RWalk', 'Replay', 'ReservoirBuffer', 'RingBuffer', 'SynapticIntelligence',
- 'WeightedReservoir', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
+ 'MemoryAwareSynapses', 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer', 'RingBuffer',
+ 'SynapticIntelligence', 'WeightedReservoir', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
 from limpet.buffers import ClassBalancedReservoir, ReservoirBuffer, RingBuffer, WeightedReservoir
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, Composite, MemoryAwareSynapses, Replay, RWalk, SynapticIntelligence
+from limpet.methods import (
+    EWC,
+    Composite,
+    MemoryAwareSynapses,
+    ProgressiveNetwork,
+    Replay,
+    RWalk,
+    SynapticIntelligence,
+)
 from limpet.metrics import AccuracyMatrix
 from limpet.strength import suggest_strength
 
@@ -24,6 +32,7 @@ __all__ = [
     "DiagonalFisher",
     "FisherAccumulator",
     "MemoryAwareSynapses",
+    "ProgressiveNetwork",
     "RWalk",
     "Replay",
     "ReservoirBuffer",

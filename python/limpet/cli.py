@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from limpet.scenarios.runner import MethodResult, Progress
     from limpet.scenarios.streams import Stream
 
-METHODS = ("finetune", "ewc", "si")
+METHODS = ("finetune", "ewc", "si", "progressive")
 FISHER_LABELS = ("data", "sampled", "expected", "batched")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -151,6 +151,8 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
     """What makes a method for a network."""
     if name == "finetune":
         return lambda model: None
+    if name == "progressive":
+        return _progressive(options.setting)
     from limpet import EWC, SynapticIntelligence, _checks
 
     # Before another method has been trained.
@@ -159,6 +161,15 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
         return lambda model: _ewc(EWC(model, options.strength), options.fisher_labels)
     _checks.finite_number("si_strength", options.si_strength, minimum=0.0)
     return lambda model: SynapticIntelligence(model, strength=options.si_strength)
+
+
+def _progressive(setting: str) -> Callable[[nn.Module], Any]:
+    """What makes a progressive network, of columns as wide as a network's layers, and as the method that grows it."""
+    if setting != "task":
+        raise ValueError(f"progressive has a column for each task, and needs --setting task, got {setting!r}")
+    from limpet.scenarios.models import ProgressiveMLP
+
+    return lambda model: ProgressiveMLP.beside(model)
 
 
 def _ewc(ewc: EWC, labels: str) -> Any:

@@ -3,8 +3,9 @@
 from limpet.methods.composite import Composite
 from limpet.methods.ewc import EWC
 from limpet.methods.memory_aware_synapses import MemoryAwareSynapses
+from limpet.methods.progressive import ProgressiveNetwork
 from limpet.methods.replay import Replay
 from limpet.methods.rwalk import RWalk
 from limpet.methods.synaptic_intelligence import SynapticIntelligence
 
-__all__ = ["EWC", "Composite", "MemoryAwareSynapses", "RWalk", "Replay", "SynapticIntelligence"]
+__all__ = ["EWC", "Composite", "MemoryAwareSynapses", "ProgressiveNetwork", "RWalk", "Replay", "SynapticIntelligence"]
