@@ -14,6 +14,7 @@
 
 #include "check.h"
 #include "cpu/isa.h"
+#include "cpu/keyed_index.h"
 #if defined(LIMPET_CUDA)
 #include "cuda/optim.h"
 #include "cuda/path_integral.h"
@@ -410,6 +411,35 @@ py::dict build_info() {
   return info;
 }
 
+void bind_keyed(py::module_& m) {
+  using Addresses = std::vector<Address>;
+  const auto notes = [](const Fixed<3>& addresses) {
+    return cpu::KeyedNotes{pointer<std::int64_t>(addresses[0]), pointer<std::int64_t>(addresses[1]),
+                           pointer<std::int64_t>(addresses[2])};
+  };
+  py::class_<cpu::KeyedIndex>(m, "KeyedIndex")
+      .def(py::init([notes](const Fixed<3>& addresses, std::int64_t capacity) {
+        return cpu::KeyedIndex(notes(addresses), capacity);
+      }))
+      .def("insert",
+           [notes](cpu::KeyedIndex& index, const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
+                   const Fixed<3>& addresses, Address group, Address weight, Address seen, std::int64_t count,
+                   std::uint64_t seed, int threads) {
+             const auto fields = row_fields(stored, batch, row_bytes);
+             auto* const number = pointer<std::int64_t>(seen);
+             const py::gil_scoped_release release;
+             index.insert({fields.data(),
+                           static_cast<int>(fields.size()),
+                           notes(addresses),
+                           {pointer<const std::int64_t>(group), pointer<const double>(weight), *number, count, seed}},
+                          threads);
+             *number += count;
+           })
+      .def("select", [](const cpu::KeyedIndex& index, Address places, std::int64_t count, Address slots) {
+        index.select(pointer<const std::int64_t>(places), count, pointer<std::int64_t>(slots));
+      });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -510,5 +540,6 @@ PYBIND11_MODULE(_core, m) {
 
   bind_path_integral(m);
   bind_reservoir(m);
+  bind_keyed(m);
   bind_gated_lateral(m);
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/keyed.h"
 #include "dtype.h"
 #include "optim_tensor.h"
 #include "path_integral_tensor.h"
@@ -96,6 +97,8 @@ struct Kernels {
   // sample[k] in [0, population), all different; population at least count, below 2^63, and count at most 2^32.
   void (*sample_without_replacement)(std::int64_t population, std::int64_t count, std::uint64_t seed,
                                      std::uint64_t draw, std::int64_t* sample);
+  // The items whose keys are at most their groups' bounds, in their order; returns how many. Room for all of them.
+  std::int64_t (*keyed_candidates)(const KeyedBounds& bounds, const KeyedItems& items, KeyedCandidate* candidates);
   // Each field's batch: `ahead` new rows, and behind them stored[index[k]].
   void (*gather_rows)(const RowField* fields, int num_fields, std::int64_t ahead, const std::int64_t* index,
                       std::int64_t count, int threads);

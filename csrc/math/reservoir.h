@@ -11,7 +11,7 @@
 namespace limpet::math {
 
 // What a draw is for, so that those of one seed are independent.
-enum class Purpose : std::uint32_t { reservoir = 1, sample = 2 };
+enum class Purpose : std::uint32_t { reservoir = 1, sample = 2, key = 3 };
 
 constexpr std::uint64_t kBits63 = 1ull << 63;
 

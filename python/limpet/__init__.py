@@ -2,13 +2,13 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
- 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher',
- 'ops', 'optim', 'suggest_strength']
+['AccuracyMatrix', 'ClassBalancedReservoir', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator',
+ 'MemoryAwareSynapses', 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer', 'RingBuffer',
+ 'SynapticIntelligence', 'WeightedReservoir', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
-from limpet.buffers import ReservoirBuffer
+from limpet.buffers import ClassBalancedReservoir, ReservoirBuffer, RingBuffer, WeightedReservoir
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
 from limpet.methods import (
     EWC,
@@ -27,6 +27,7 @@ __version__ = "0.1.0"
 __all__ = [
     "EWC",
     "AccuracyMatrix",
+    "ClassBalancedReservoir",
     "Composite",
     "DiagonalFisher",
     "FisherAccumulator",
@@ -35,7 +36,9 @@ __all__ = [
     "RWalk",
     "Replay",
     "ReservoirBuffer",
+    "RingBuffer",
     "SynapticIntelligence",
+    "WeightedReservoir",
     "diagonal_fisher",
     "ops",
     "optim",

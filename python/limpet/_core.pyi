@@ -212,6 +212,25 @@ def sample_rows(
     draw: int,
     threads: int,
 ) -> None: ...
+
+class KeyedIndex:
+    def __init__(self, notes: list[int], capacity: int, /) -> None: ...
+    def insert(
+        self,
+        stored: list[int],
+        batch: list[int],
+        row_bytes: list[int],
+        notes: list[int],
+        group: int,
+        weight: int,
+        seen: int,
+        count: int,
+        seed: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def select(self, places: int, count: int, slots: int, /) -> None: ...
+
 def cuda_reservoir_slots(
     seen: int, count: int, capacity: int, seed: int, slots: int, device: int, stream: int
 ) -> None: ...

@@ -34,6 +34,8 @@ class Buffer(ABC):
     _KIND: ClassVar[str]  # its name in files
     _NOTES: ClassVar[dict[str, torch.dtype]] = {"items": torch.int64}  # of each slot; the attribute `_items`, and so on
 
+    _FULL: ClassVar[bool] = True  # it holds as many of the items seen as it has slots for
+
     _items: Tensor  # int64 [capacity], the number of the item in each slot; -1 in free ones
     _count: int  # items seen, as the host knows it: reading the device's number would wait for the device
     _seen: Tensor  # int64 [], the same
@@ -194,7 +196,7 @@ class Buffer(ABC):
             ValueError: keys are missing or unknown, or numbers and tensors do not fit each other. Nothing has been
                 taken over then.
         """
-        read = files.checked(state, self._NOTES)
+        read = files.checked(state, self._NOTES, full=self._FULL)
         structure = None if read.structure is None else Structure.from_text(read.structure, len(read.fields))
         device = self._device or (read.fields[0].device if read.fields else _CPU)
         restored = copy.copy(self)
@@ -275,17 +277,23 @@ class Buffer(ABC):
 
     def _begin(self, batch: Any) -> None:
         """Take structure, dtypes and shapes from the first batch."""
+        structure, fields = self._first(batch)
+        if self._folder is not None:
+            structure.to_text()
+        self._allocate(fields, self._device or fields[0].device)
+        self._structure = structure
+        self._settle()
+
+    @staticmethod
+    def _first(batch: Any) -> tuple[Structure, list[Tensor]]:
+        """A first batch's structure and fields."""
         structure, fields = Structure.of(batch)
         for k, field in enumerate(fields):
             if field.dim() == 0 or field.shape[0] != fields[0].shape[0]:
                 raise ValueError(
                     f"batch must hold tensors of as many rows, got {_checks.describe(field)} as its field {k}"
                 )
-        if self._folder is not None:
-            structure.to_text()
-        self._allocate(fields, self._device or fields[0].device)
-        self._structure = structure
-        self._settle()
+        return structure, fields
 
     def _allocate(self, like: list[Tensor], device: torch.device) -> None:
         self._rows = [row_of(field.dtype, field.shape[1:]) for field in like]
@@ -368,7 +376,7 @@ class Buffer(ABC):
 
     def _drawn(self, count: int) -> Tensor:  # int64 [count]
         """Places of different items."""
-        return self._choice(self._at_most_held(count), count, self._items.device)
+        return self._choice(self._at_most_held(count), count, self._seen.device)
 
     def _at_most_held(self, count: int) -> int:
         """Items held, once they are known to be as many as are asked for."""
@@ -397,7 +405,7 @@ class Buffer(ABC):
 
     def _replace(self, capacity: int, seen: int, parts: list[tuple[list[Tensor], Tensor]]) -> None:
         """Allocate anew, with rows of notes and fields one after the other, and take that for the buffer."""
-        tensors, number = self._empty(capacity, self._items.device)
+        tensors, number = self._empty(capacity, self._seen.device)
         begin = 0
         for rows, index in parts:
             end = begin + index.numel()

@@ -27,8 +27,11 @@ class State(NamedTuple):
     fields: list[Tensor]  # [held, *] each
 
 
-def checked(state: Any, notes: Mapping[str, torch.dtype]) -> State:
-    """A state whose parts fit each other, of a buffer that notes these things of each slot."""
+def checked(state: Any, notes: Mapping[str, torch.dtype], *, full: bool) -> State:
+    """A state whose parts fit each other, of a buffer that notes these things of each slot.
+
+    One that is always ``full`` holds as many of the items seen as it has slots for.
+    """
     keys = {*_NUMBERS, "structure", "fields", *notes}
     if not isinstance(state, Mapping) or state.keys() != keys:
         got = sorted(map(str, state)) if isinstance(state, Mapping) else _checks.describe(state)
@@ -42,6 +45,8 @@ def checked(state: Any, notes: Mapping[str, torch.dtype]) -> State:
     if not isinstance(fields, (list, tuple)):
         raise TypeError(f"state['fields'] must be a list of tensors, got {_checks.describe(fields)}")
     held = min(capacity, seen)
+    if not full and fields and isinstance(fields[0], Tensor) and fields[0].dim():
+        held = min(held, fields[0].shape[0])
     of_slots = [(name, state[name]) for name in notes]
     for name, tensor in (*of_slots, *((f"fields'][{k}", field) for k, field in enumerate(fields))):
         if _checks.tensor(f"state['{name}']", tensor).dim() == 0 or tensor.shape[0] != held:
@@ -49,9 +54,16 @@ def checked(state: Any, notes: Mapping[str, torch.dtype]) -> State:
     for name, note in of_slots:
         if note.dtype != notes[name]:
             raise TypeError(f"state['{name}'] must be {notes[name]}, got {_checks.describe(note)}")
+        if note.dim() != 1 or (name == "items" and held and not _are_numbers(note, seen)):
+            raise ValueError(f"state['{name}'] must have one number for each item, got {_checks.describe(note)}")
     if (structure is None) != (not fields) or (held and structure is None):
         raise ValueError(f"state must hold fields and their structure, got {len(fields)} and {structure!r}")
     return State(capacity, seed, seen, draws, structure, [note for _, note in of_slots], list(fields))
+
+
+def _are_numbers(items: Tensor, seen: int) -> bool:
+    """Whether these are numbers of different items of a stream."""
+    return items.min().item() >= 0 and items.max().item() < seen and items.unique().numel() == items.numel()
 
 
 def save(path: Path, kind: str, state: Mapping[str, Any]) -> None:

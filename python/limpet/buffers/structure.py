@@ -22,6 +22,12 @@ class Structure:
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
 
+    def __deepcopy__(self, memo: Any) -> Structure:  # nothing of it changes
+        return self
+
+    def __reduce__(self) -> Any:  # torch's own specs warn when they are unpickled
+        return Structure.from_text, (self.to_text(), self._spec.num_leaves)
+
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Structure) and self._spec == other._spec
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from limpet import _checks
-from limpet.buffers import ReservoirBuffer
+from limpet.buffers import Buffer, ReservoirBuffer
 
 
 class Replay:
@@ -21,13 +21,13 @@ class Replay:
             replay.observe(x, y)
 
     Args:
-        buffer: where items are kept, or how many are to be kept.
+        buffer: where items are kept, or how many are to be kept in a :class:`limpet.ReservoirBuffer`.
         fraction: the replayed items' share of a mixed batch, in [0, 1): a half replays as many as are new.
         seed: of the buffer's draws, where ``buffer`` is a number.
         transform: called with the replayed ``(x, y)`` alone, to augment them; it must keep shapes and dtypes.
 
     Attributes:
-        buffer: the :class:`limpet.ReservoirBuffer`.
+        buffer: the buffer.
         fraction: as given; it may be changed at any time.
 
     Raises:
@@ -45,13 +45,13 @@ class Replay:
 
     def __init__(
         self,
-        buffer: ReservoirBuffer | int,
+        buffer: Buffer | int,
         *,
         fraction: float = 0.5,
         seed: int = 0,
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     ) -> None:
-        self.buffer = buffer if isinstance(buffer, ReservoirBuffer) else ReservoirBuffer(buffer, seed=seed)
+        self.buffer: Buffer = buffer if isinstance(buffer, Buffer) else ReservoirBuffer(buffer, seed=seed)
         self.fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
         if self.fraction >= 1.0:
             raise ValueError(f"fraction must be below 1, got {fraction}")

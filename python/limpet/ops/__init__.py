@@ -8,6 +8,7 @@ from limpet.ops.fisher import (
     sum_grad_squared_scale,
 )
 from limpet.ops.gated_lateral import gated_lateral, gated_laterals
+from limpet.ops.keyed import keyed_insert_
 from limpet.ops.narrow import pack_anchor, pack_importance, unpack_anchor, unpack_importance
 from limpet.ops.optim import adamw_step_, sgd_step_
 from limpet.ops.path_integral import path_integral_update_
@@ -20,6 +21,7 @@ __all__ = [
     "gated_lateral",
     "gated_laterals",
     "gather_rows",
+    "keyed_insert_",
     "pack_anchor",
     "pack_importance",
     "path_integral_update_",

@@ -176,6 +176,25 @@ def mixed_unchecked(
     return rows
 
 
+def copy_unchecked_(
+    stored: list[Tensor],  # [capacity, *] each
+    slot: int,
+    batch: list[Tensor],  # [rows, *] each
+    begin: int,
+    count: int,
+) -> None:
+    """Rows ``begin`` to ``begin + count`` into the slots from ``slot`` on, all fields in one call where possible."""
+    if not _plain(stored[0]):
+        for field, new in zip(stored, batch, strict=True):
+            field[slot : slot + count] = new.detach()[begin : begin + count]
+        return
+    whole = _contiguous(batch)  # lives as long as its addresses are needed
+    to, rows, row_bytes = _rows(stored, whole)
+    to = [address + slot * size for address, size in zip(to, row_bytes, strict=True)]
+    rows = [address + begin * size for address, size in zip(rows, row_bytes, strict=True)]
+    _core.gather_rows(to, to, row_bytes, rows, count, 0, 0, 0, _launch.threads())
+
+
 def sampled_unchecked(
     new: list[Tensor],  # [count, *] each
     stored: list[Tensor],  # [slots, *] each

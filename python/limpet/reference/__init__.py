@@ -21,6 +21,10 @@ from limpet.reference.gated_lateral import (
     gated_lateral_backward,
     gated_laterals,
 )
+from limpet.reference.keyed import (
+    keyed_insert_,
+    keyed_order,
+)
 from limpet.reference.narrow import (
     NARROW_BLOCK,
     dense_anchor,
@@ -65,6 +69,8 @@ __all__ = [
     "gated_lateral_backward",
     "gated_laterals",
     "gather_rows_",
+    "keyed_insert_",
+    "keyed_order",
     "pack_fixed16",
     "pack_log8",
     "pack_split24",

@@ -15,11 +15,16 @@ def philox(
     key: tuple[int, int],  # each word below 2^32
 ) -> Tensor:  # [*, 4], int64, each word below 2^32
     """Philox 4x32-10, the counter-based generator of Salmon et al. (2011): four random words for each counter."""
-    factors, weyl, keys = (counter.new_tensor(pair) for pair in (_FACTORS, _WEYL, key))
-    even, odd = counter[..., 0::2], counter[..., 1::2]
+    a, b, c, d = counter.unbind(-1)
+    first, second = key
     for _ in range(10):
-        high, low = even * (factors >> 16), even * (factors & 0xFFFF)  # 48 bits; a whole product would overflow
-        product = (high + (low >> 16)) >> 16, ((high << 16) + low) & WORD  # its upper and its lower 32 bits
-        even, odd = product[0].flip(-1) ^ odd ^ keys, product[1].flip(-1)
-        keys = (keys + weyl) & WORD
-    return torch.stack([even, odd], dim=-1).flatten(-2)
+        (a_high, a_low), (c_high, c_low) = _product(a, _FACTORS[0]), _product(c, _FACTORS[1])
+        a, b, c, d = c_high ^ b ^ first, c_low, a_high ^ d ^ second, a_low
+        first, second = (first + _WEYL[0]) & WORD, (second + _WEYL[1]) & WORD
+    return torch.stack([a, b, c, d], dim=-1)
+
+
+def _product(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
+    """The upper and the lower 32 bits of a product."""
+    high, low = word * (factor >> 16), word * (factor & 0xFFFF)  # 48 bits; the whole product would overflow
+    return (high + (low >> 16)) >> 16, ((high << 16) + low) & WORD
