@@ -2,15 +2,24 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'MemoryAwareSynapses',
- 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher', 'ops', 'optim',
- 'suggest_strength']
+['AccuracyMatrix', 'Composite', 'DarkReplay', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'Hybrid',
+ 'MemoryAwareSynapses', 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher',
+ 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
 from limpet.buffers import ReservoirBuffer
 from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
-from limpet.methods import EWC, Composite, MemoryAwareSynapses, Replay, RWalk, SynapticIntelligence
+from limpet.methods import (
+    EWC,
+    Composite,
+    DarkReplay,
+    Hybrid,
+    MemoryAwareSynapses,
+    Replay,
+    RWalk,
+    SynapticIntelligence,
+)
 from limpet.metrics import AccuracyMatrix
 from limpet.strength import suggest_strength
 
@@ -20,8 +29,10 @@ __all__ = [
     "EWC",
     "AccuracyMatrix",
     "Composite",
+    "DarkReplay",
     "DiagonalFisher",
     "FisherAccumulator",
+    "Hybrid",
     "MemoryAwareSynapses",
     "RWalk",
     "Replay",

@@ -107,17 +107,19 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
     return known if max_samples is None else min(known, max_samples)
 
 
+def outputs_of(model: nn.Module, inputs: Any) -> Any:
+    """What the model gives for a tensor, a tuple of arguments or a mapping of them."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
 def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  # [N, K]
     """The model's losses for each sample, checked."""
     inputs = batch.inputs
     device = next(model.parameters()).device
     random_state = _random_state(device)
-    if isinstance(inputs, Mapping):
-        outputs = model(**inputs)
-    elif isinstance(inputs, (tuple, list)):
-        outputs = model(*inputs)
-    else:
-        outputs = model(inputs)
+    outputs = outputs_of(model, inputs)
     if not all(map(torch.equal, random_state, _random_state(device))):
         raise RuntimeError(
             "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
