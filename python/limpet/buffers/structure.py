@@ -19,6 +19,9 @@ class Structure:
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
 
+    def __deepcopy__(self, memo: object) -> Structure:
+        return self  # it never changes, and torch warns when its own part is copied
+
     @staticmethod
     def of(batch: Any) -> tuple[Structure, list[Tensor]]:
         """A first batch's structure and its fields."""
