@@ -184,8 +184,11 @@ def _replay(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any
 
     from limpet import DarkReplay, Replay
 
+    def seed() -> int:
+        return torch.initial_seed() % 2**63  # the run's, of several
+
     def replay(model: nn.Module) -> Replay:
-        return Replay(options.buffer, fraction=options.replay_fraction, seed=torch.initial_seed())  # this run's
+        return Replay(options.buffer, fraction=options.replay_fraction, seed=seed())
 
     def dark(model: nn.Module) -> DarkReplay:
         share = options.replay_fraction / (1 - options.replay_fraction)
@@ -195,7 +198,7 @@ def _replay(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any
             alpha=options.alpha,
             beta=options.beta if name == "der++" else 0.0,
             batch_size=max(1, round(options.batch_size * share)),
-            seed=torch.initial_seed(),
+            seed=seed(),
         )
 
     replay(torch.nn.Identity())
