@@ -295,6 +295,18 @@ void bind_reservoir(py::module_& m) {
     const py::gil_scoped_release release;
     cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places, count, threads);
   });
+  // The same, with places drawn as sample_without_replacement draws them.
+  m.def("sample_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
+                          const Addresses& ahead, std::int64_t ahead_rows, std::int64_t population, std::int64_t count,
+                          std::uint64_t seed, std::uint64_t draw, int threads) {
+    auto fields = row_fields(stored, batch, row_bytes);
+    for (std::size_t f = 0; f < ahead.size(); ++f) fields[f].ahead = pointer<void>(ahead[f]);
+    const py::gil_scoped_release release;
+    Sizes places(static_cast<std::size_t>(count));
+    cpu::kernels().sample_without_replacement(population, count, seed, draw, places.data());
+    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places.data(), count,
+                               threads);
+  });
 #if defined(LIMPET_CUDA)
   m.def("cuda_reservoir_slots", [](std::int64_t seen, std::int64_t count, std::int64_t capacity, std::uint64_t seed,
                                    Address slots, int device, Address stream) {
@@ -326,6 +338,48 @@ void bind_reservoir(py::module_& m) {
                       device, pointer<void>(stream));
   });
 #endif
+}
+
+// Sizes: samples, channels, places.
+cpu::GatedLateralArgs gated_lateral_args(Address x, Address h, Address product, Address bias, const Fixed<3>& sizes,
+                                         int dtype, int threads) {
+  cpu::GatedLateralArgs args{};
+  args.x = pointer<const void>(x);
+  args.h = pointer<const void>(h);
+  args.product = pointer<const void>(product);
+  args.bias = pointer<const void>(bias);
+  args.samples = sizes[0];
+  args.channels = sizes[1];
+  args.places = sizes[2];
+  args.dtype = static_cast<Dtype>(dtype);
+  args.threads = threads;
+  return args;
+}
+
+void bind_gated_lateral(py::module_& m) {
+  m.def("gated_lateral", [](Address y, Address x, Address h, Address product, Address bias, const Fixed<3>& sizes,
+                            int dtype, int threads) {
+    auto args = gated_lateral_args(x, h, product, bias, sizes, dtype, threads);
+    args.y = pointer<void>(y);
+    const py::gil_scoped_release release;
+    cpu::kernels().gated_lateral(args);
+  });
+  m.def("gated_lateral_workspace", [](const Fixed<3>& sizes) {
+    return cpu::kernels().gated_lateral_workspace(gated_lateral_args(0, 0, 0, 0, sizes, 0, 0));
+  });
+  m.def("gated_lateral_backward",
+        [](Address grad, Address x, Address h, Address product, Address bias, const Fixed<3>& sizes, int dtype,
+           Address x_grad, Address h_grad, Address logit_grad, Address bias_grad, Address workspace, int threads) {
+          auto args = gated_lateral_args(x, h, product, bias, sizes, dtype, threads);
+          args.grad = pointer<const void>(grad);
+          args.x_grad = pointer<void>(x_grad);
+          args.h_grad = pointer<void>(h_grad);
+          args.logit_grad = pointer<void>(logit_grad);
+          args.bias_grad = pointer<void>(bias_grad);
+          args.workspace = pointer<void>(workspace);
+          const py::gil_scoped_release release;
+          cpu::kernels().gated_lateral_backward(args);
+        });
 }
 
 // Only a wish: a system without huge pages keeps its own.
@@ -456,4 +510,5 @@ PYBIND11_MODULE(_core, m) {
 
   bind_path_integral(m);
   bind_reservoir(m);
+  bind_gated_lateral(m);
 }

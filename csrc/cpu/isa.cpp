@@ -16,6 +16,7 @@ namespace limpet::cpu {
   void fill_path_integral(Kernels&); \
   void fill_optim(Kernels&);         \
   void fill_reservoir(Kernels&);     \
+  void fill_gated_lateral(Kernels&); \
   static Kernels table() {           \
     Kernels kernels{};               \
     fill_quadratic(kernels);         \
@@ -25,6 +26,7 @@ namespace limpet::cpu {
     fill_path_integral(kernels);     \
     fill_optim(kernels);             \
     fill_reservoir(kernels);         \
+    fill_gated_lateral(kernels);     \
     return kernels;                  \
   }                                  \
   }

@@ -59,6 +59,21 @@ struct EmbeddingArgs {
   int threads;
 };
 
+// [N, C, P] contiguous tensors of samples, channels and places; those marked so may be null.
+struct GatedLateralArgs {
+  const void *x, *h;
+  const void* product;                 // h W^T along the channels
+  const void* bias;                    // [C]; or null
+  void* y;                             // forward: written; may lie where the product does
+  const void* grad;                    // backward: the gradient at y, and what is written
+  void *x_grad, *h_grad, *logit_grad;  // each or null; h_grad without what comes through the gate
+  void* bias_grad;                     // [C]; or null
+  std::int64_t samples, channels, places;
+  Dtype dtype;
+  void* workspace;  // backward: gated_lateral_workspace() bytes if there is a bias_grad
+  int threads;
+};
+
 struct Kernels {
   // Returns sum_i F_i (theta_i - anchor_i)^2; grad gets (or is given) factor * F_i (theta_i - anchor_i).
   double (*quadratic)(const QuadraticTensor* tensors, std::int64_t count, QuadraticGrad grad, double factor,
@@ -84,6 +99,9 @@ struct Kernels {
   // Each field's batch: `ahead` new rows, and behind them stored[index[k]].
   void (*gather_rows)(const RowField* fields, int num_fields, std::int64_t ahead, const std::int64_t* index,
                       std::int64_t count, int threads);
+  void (*gated_lateral)(const GatedLateralArgs&);
+  std::int64_t (*gated_lateral_workspace)(const GatedLateralArgs&);
+  void (*gated_lateral_backward)(const GatedLateralArgs&);
 };
 
 // The table in use, and its name: the best that the processor has, or the one LIMPET_CPU asks for.

@@ -18,7 +18,8 @@ constexpr std::int64_t kItems = 16384;          // of a chunk that one thread de
 constexpr std::int64_t kStride = 1024;          // items that share their bounds
 constexpr std::int64_t kSerialBytes = 1 << 20;  // copied by one thread: less than this is not worth waking another
 
-constexpr std::int64_t kFetched = 1 << 12;  // bytes of a row
+constexpr std::int64_t kGatheredBytes = 1 << 16;  // the same for rows that lie anywhere, which wait for memory
+constexpr std::int64_t kFetched = 1 << 12;        // bytes of a row
 
 struct Accepted {
   std::int64_t slot, item;
@@ -187,7 +188,7 @@ void gather_rows(const RowField* fields, int num_fields, std::int64_t ahead, con
                  std::int64_t count, int threads) {
   std::int64_t bytes = 1;
   for (int f = 0; f < num_fields; ++f) bytes += fields[f].row_bytes;
-  const std::int64_t rows = 1 + kSerialBytes / bytes;
+  const std::int64_t rows = 1 + kGatheredBytes / bytes;
   // Runs of new rows, which lie together, then runs of gathered ones; none has both.
   const std::int64_t new_runs = (ahead + rows - 1) / rows, old_runs = (count + rows - 1) / rows;
   parallel_for(threads, new_runs + old_runs, [&](std::int64_t run, int) {

@@ -36,6 +36,14 @@ template <>
 struct VectorOf<double> {
   typedef double type __attribute__((vector_size(LIMPET_VECTOR_BYTES)));
 };
+template <>
+struct VectorOf<std::uint32_t> {
+  typedef std::uint32_t type __attribute__((vector_size(LIMPET_VECTOR_BYTES)));
+};
+template <>
+struct VectorOf<std::uint64_t> {
+  typedef std::uint64_t type __attribute__((vector_size(LIMPET_VECTOR_BYTES)));
+};
 template <class S>
 using Vector = typename VectorOf<S>::type;
 

@@ -200,6 +200,18 @@ def gather_rows(
     count: int,
     threads: int,
 ) -> None: ...
+def sample_rows(
+    stored: list[int],
+    batch: list[int],
+    row_bytes: list[int],
+    ahead: list[int],
+    ahead_rows: int,
+    population: int,
+    count: int,
+    seed: int,
+    draw: int,
+    threads: int,
+) -> None: ...
 def cuda_reservoir_slots(
     seen: int, count: int, capacity: int, seed: int, slots: int, device: int, stream: int
 ) -> None: ...
@@ -229,4 +241,24 @@ def cuda_gather_rows(
     count: int,
     device: int,
     stream: int,
+) -> None: ...
+def gated_lateral(
+    y: int, x: int, h: int, product: int, bias: int, sizes: Sizes, dtype: int, threads: int, /
+) -> None: ...
+def gated_lateral_workspace(sizes: Sizes, /) -> int: ...
+def gated_lateral_backward(
+    grad: int,
+    x: int,
+    h: int,
+    product: int,
+    bias: int,
+    sizes: Sizes,
+    dtype: int,
+    x_grad: int,
+    h_grad: int,
+    logit_grad: int,
+    bias_grad: int,
+    workspace: int,
+    threads: int,
+    /,
 ) -> None: ...

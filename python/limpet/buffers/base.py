@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from limpet import _checks
 from limpet.buffers import files
+from limpet.buffers.mapped import Folder, Header
 from limpet.buffers.memory import require_room
 from limpet.buffers.structure import Structure
-from limpet.ops.reservoir import mixed_unchecked, sample_unchecked, seed_of
+from limpet.ops.reservoir import gather_rows, mixed_unchecked, sample_unchecked, seed_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+_CPU = torch.device("cpu")
 
 
 class Buffer(ABC):
@@ -32,17 +36,31 @@ class Buffer(ABC):
 
     _items: Tensor  # int64 [capacity], the number of the item in each slot; -1 in free ones
 
-    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        seed: int = 0,
+        device: torch.device | str | None = None,
+        storage: str = "device",
+        path: str | os.PathLike[str] | None = None,
+    ) -> None:
         self.capacity = _checks.integer("capacity", capacity, minimum=1)
         self.seed = seed_of(seed)
+        self.storage = _checks.one_of("storage", storage, ("device", "pinned", "mmap"))
         self._device = None if device is None else torch.device(device)
+        if storage != "device":
+            if self._device not in (None, _CPU):
+                raise ValueError(f"device must be the CPU or None with storage={storage!r}, got {device!r}")
+            self._device = _CPU
+        if (path is None) == (storage == "mmap"):
+            raise ValueError(f"path must be given with storage='mmap' and with no other, got {path!r} and {storage!r}")
+        if storage == "pinned" and not torch.cuda.is_available():
+            raise RuntimeError("storage='pinned' needs a CUDA device, whose driver locks the pages; there is none")
+        self._folder = None if path is None else Folder.create(path)
         self._draws = 0  # samples taken so far
-        self._count = 0  # items seen, as the host knows it: reading the device's number would wait for the device
-        self._seen = torch.zeros((), dtype=torch.int64)
-        self._structure: Structure | None = None
-        self._fields: list[Tensor] = []  # [capacity, *] each
-        self._rows: list[tuple[torch.dtype, torch.Size]] = []  # of each field: dtype and shape of a row
-        self._set_notes([torch.empty(0, dtype=dtype) for dtype in self._NOTES.values()])
+        self._forget()
+        self._settle()
 
     @property
     def seen(self) -> int:
@@ -78,10 +96,9 @@ class Buffer(ABC):
             ValueError: ``count`` is negative, or the buffer holds fewer items.
             RuntimeError: nothing was added yet, so that there is no structure to give.
         """
-        index = self._drawn(count)
-        if self._structure is None:
+        if self._structure is None and _checks.integer("count", count, minimum=0) == 0:
             raise RuntimeError("the buffer has seen no batch yet")
-        return self._structured(mixed_unchecked([], self._fields, index, 0))
+        return self._structured(self._replayed([], 0, count))
 
     def sample_into(
         self, batch: Any, fraction: float = 0.2, *, transform: Callable[[Any], Any] | None = None
@@ -91,7 +108,8 @@ class Buffer(ABC):
         The new ones are not added: call :meth:`add` for that, usually after the step.
 
         Args:
-            batch: new items, of the structure that was added, on any device; the result is on the buffer's.
+            batch: new items, of the structure that was added, on any device; the result is on the buffer's, or on the
+                batch's where the buffer has another storage than ``"device"``.
             fraction: the sampled items' share of the result, in [0, 1).
             transform: what the batch of sampled ones goes through first: an augmentation, which keeps structure,
                 shapes and dtypes.
@@ -105,15 +123,19 @@ class Buffer(ABC):
             raise ValueError(f"fraction must be below 1, got {fraction}")
         if self._structure is None:
             return batch
-        new = self._like_first(batch)
+        new = self._checked(batch)
+        here = all([field.device == self._device for field in new])
+        if not here and self.storage == "device":
+            new, here = [field.to(self._device) for field in new], True
         count = new[0].shape[0]
         replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
-        if transform is None and not any(field.requires_grad for field in new):
-            return self._structured(mixed_unchecked(new, self._fields, self._drawn(replayed), count))
+        if here and transform is None and not any([field.requires_grad for field in new]):
+            return self._structured(self._replayed(new, count, replayed))
         sampled = self.sample(replayed)
         if transform is not None and replayed:
             sampled = transform(sampled)
-        return self._structured([torch.cat(pair) for pair in zip(new, self._like_first(sampled), strict=True)])
+        old = [old.to(new.device, non_blocking=True) for new, old in zip(new, self._checked(sampled), strict=True)]
+        return self._structured([torch.cat(pair) for pair in zip(new, old, strict=True)])
 
     def __iter__(self) -> Iterator[Any]:
         """The items held, slot by slot, as rows of the structure that was added."""
@@ -121,14 +143,26 @@ class Buffer(ABC):
             yield self._structured([field[slot] for field in self._fields])
 
     def to(self, device: torch.device | str) -> Self:
-        """Move the buffer; gives itself."""
+        """Move the buffer; gives itself.
+
+        Raises:
+            RuntimeError: the storage is another than ``"device"``: it stays where it is.
+            ValueError: there is not enough memory. Nothing has changed then.
+        """
         device = torch.device(device)
+        if self.storage != "device":
+            if device == _CPU:
+                return self
+            raise RuntimeError(
+                f"a buffer with storage={self.storage!r} stays on the CPU: move the samples to {device}, or save the "
+                f"buffer and load it there"
+            )
         if self._fields:
             require_room([field.nbytes for field in self._fields], device)
         self._fields = [field.to(device) for field in self._fields]
         self._set_notes([note.to(device) for note in self._notes()])
         self._seen = self._seen.to(device)
-        self._device = device
+        self._device, self._known = device, []
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,15 +187,18 @@ class Buffer(ABC):
                 taken over then.
         """
         read = files.checked(state, self._NOTES)
-        device = self._device or (read.fields[0].device if read.fields else torch.device("cpu"))
-        restored = type(self)(read.capacity, seed=read.seed, device=self._device)
-        if read.structure is not None:
-            restored._structure = Structure.from_text(read.structure, len(read.fields))
+        structure = None if read.structure is None else Structure.from_text(read.structure, len(read.fields))
+        device = self._device or (read.fields[0].device if read.fields else _CPU)
+        restored = copy.copy(self)
+        restored.capacity, restored.seed, restored._draws = read.capacity, read.seed, read.draws
+        restored._forget()
+        if structure is not None:
+            restored._structure = structure
             restored._allocate(read.fields, device)
             for field, rows in zip([*restored._notes(), *restored._fields], [*read.notes, *read.fields], strict=True):
                 field[: rows.shape[0]] = rows
             restored._set_seen(read.seen)
-        restored._draws = read.draws
+        restored._settle()
         self.__dict__.update(restored.__dict__)
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -186,8 +223,48 @@ class Buffer(ABC):
         buffer.load_state_dict(files.load(Path(path), cls._KIND))
         return buffer
 
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Go on with a buffer of ``storage="mmap"``, as it was after the last batch that was added whole.
+
+        A process that is killed at any time leaves such a folder; ``seen`` says which item of the stream is next.
+
+        Raises:
+            OSError: the folder cannot be read.
+            RuntimeError: another buffer has it open.
+            ValueError: it holds no such buffer, or files are cut or damaged.
+        """
+        folder, header = Folder.open(path, cls._KIND, cls._NOTES)
+        buffer = cls(header.capacity, seed=header.seed)
+        buffer.storage, buffer._device, buffer._folder = "mmap", _CPU, folder
+        if header.structure is not None:
+            buffer._structure = Structure.from_text(header.structure, len(header.rows))
+            buffer._rows = [(dtype, torch.Size(shape)) for dtype, shape in header.rows]
+            buffer._adopt(folder.tensors)
+        buffer._seen, buffer._count, buffer._draws = folder.seen, int(folder.seen), folder.draws
+        return buffer
+
+    def flush(self) -> None:
+        """Write everything down to the disk, for ``storage="mmap"``: what a power failure then leaves is whole.
+
+        A killed process loses nothing, flushed or not. But after a power failure the rows of batches added since the
+        last flush may be there in part, and nothing tells.
+        """
+        if self._folder is not None:
+            self._folder.flush()
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}(capacity={self.capacity}, seed={self.seed}, len={len(self)}, seen={self.seen})"
+
+    def _forget(self) -> None:
+        """Be without items and without structure."""
+        self._count = 0  # items seen, as the host knows it: reading the device's number would wait for the device
+        self._seen = torch.zeros((), dtype=torch.int64) if self._folder is None else self._folder.allocate([])[1]
+        self._structure: Structure | None = None
+        self._fields: list[Tensor] = []  # [capacity, *] each
+        self._rows: list[tuple[torch.dtype, torch.Size]] = []  # of each field: dtype and shape of a row
+        self._known: list[Any] = []  # dtypes and shapes of the last batch that was like the first
+        self._set_notes([torch.empty(0, dtype=dtype) for dtype in self._NOTES.values()])
 
     def _begin(self, batch: Any) -> None:
         """Take structure, dtypes and shapes from the first batch."""
@@ -197,26 +274,60 @@ class Buffer(ABC):
                 raise ValueError(
                     f"batch must hold tensors of as many rows, got {_checks.describe(field)} as its field {k}"
                 )
+        if self._folder is not None:
+            structure.to_text()
         self._allocate(fields, self._device or fields[0].device)
         self._structure = structure
+        self._settle()
 
     def _allocate(self, like: list[Tensor], device: torch.device) -> None:
-        require_room([self.capacity * max(1, field[:1].nbytes) for field in like], device)
-        self._fields = [torch.empty(self.capacity, *t.shape[1:], dtype=t.dtype, device=device) for t in like]
-        self._rows = [(field.dtype, field.shape[1:]) for field in self._fields]
-        self._set_notes(
-            [torch.full((self.capacity,), -1, dtype=dtype, device=device) for dtype in self._NOTES.values()]
-        )
-        self._seen = torch.zeros((), dtype=torch.int64, device=device)
-        self._device = device
+        self._rows = [(field.dtype, field.shape[1:]) for field in like]
+        tensors, self._seen = self._empty(self.capacity, device)
+        self._adopt(tensors)
+        self._device, self._known = device, []
+
+    def _empty(self, capacity: int, device: torch.device) -> tuple[list[Tensor], Tensor]:  # [capacity, *] each; []
+        """Notes and fields of free slots, and how many items were seen: none."""
+        rows = [*((dtype, torch.Size()) for dtype in self._NOTES.values()), *self._rows]
+        sizes = [capacity * max(1, shape.numel() * dtype.itemsize) for dtype, shape in rows]
+        require_room(sizes, device, None if self._folder is None else self._folder.path)
+        if self._folder is not None:
+            tensors, seen = self._folder.allocate([(dtype, (capacity, *shape)) for dtype, shape in rows])
+        else:
+            pin = self.storage == "pinned"
+            tensors = [
+                torch.empty(capacity, *shape, dtype=dtype, device=device, pin_memory=pin) for dtype, shape in rows
+            ]
+            seen = torch.zeros((), dtype=torch.int64, device=device)
+        for note in tensors[: len(self._NOTES)]:
+            note.fill_(-1)
+        return tensors, seen
+
+    def _adopt(self, tensors: list[Tensor]) -> None:
+        """Take notes and fields for the buffer's."""
+        self._set_notes(tensors[: len(self._NOTES)])
+        self._fields = tensors[len(self._NOTES) :]
+
+    def _settle(self) -> None:
+        """What was allocated last is the buffer from here on, in its folder too."""
+        if self._folder is not None:
+            structure = None if self._structure is None else self._structure.to_text()
+            rows = self._rows if self._structure is not None else []
+            self._folder.settle(Header(self._KIND, self.capacity, self.seed, structure, rows), self._draws)
 
     def _like_first(self, batch: Any) -> list[Tensor]:
         """The fields of a batch on the buffer's device, once they are known to be like the first batch's."""
+        return [field if field.device == self._device else field.to(self._device) for field in self._checked(batch)]
+
+    def _checked(self, batch: Any) -> list[Tensor]:
+        """The fields of a batch wherever they are, once they are known to be like the first batch's."""
         if self._structure is None:
             raise RuntimeError("the buffer has seen no batch yet")
         fields = self._structure.fields(batch)
+        known = [(field.dtype, field.shape) for field in fields]
+        if known == self._known:  # the usual case, in a fraction of the time
+            return fields
         count = fields[0].shape[:1]
-        moved = False
         for k, (field, (dtype, shape)) in enumerate(zip(fields, self._rows, strict=True)):
             if field.dtype != dtype:
                 raise TypeError(f"batch must have {dtype} in field {k} as the first one, got {_checks.describe(field)}")
@@ -225,8 +336,8 @@ class Buffer(ABC):
                     f"batch must have {list(count)} rows of shape {list(shape)} in field {k}, "
                     f"got {_checks.describe(field)}"
                 )
-            moved = moved or field.device != self._device
-        return [field.to(self._device) for field in fields] if moved else fields
+        self._known = known
+        return fields
 
     def _set_seen(self, count: int) -> None:
         self._count = count
@@ -244,6 +355,8 @@ class Buffer(ABC):
 
     def _next_draw(self) -> int:
         self._draws += 1
+        if self._folder is not None:
+            self._folder.draws = self._draws
         return self._draws - 1
 
     def _choice(self, population: int, count: int, device: torch.device) -> Tensor:  # int64 [count]
@@ -251,18 +364,46 @@ class Buffer(ABC):
 
     def _drawn(self, count: int) -> Tensor:  # int64 [count]
         """Places of different items."""
+        return self._choice(self._at_most_held(count), count, self._items.device)
+
+    def _at_most_held(self, count: int) -> int:
+        """Items held, once they are known to be as many as are asked for."""
         held = len(self)
         if _checks.integer("count", count, minimum=0) > held:
             raise ValueError(f"count must be at most the {held} items held, got {count}")
-        return self._choice(held, count, self._items.device)
+        return held
+
+    def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
+        """New rows, and behind them those of different items held."""
+        return mixed_unchecked(new, self._fields, self._drawn(count), ahead, self.storage == "pinned")
+
+    def _write(self, slots: Tensor, rows: list[Tensor], seen: int) -> None:  # int64 [count]; [count, *] each
+        """Overwrite rows of notes and fields, in files all of them or none, and say how many items were seen then."""
+        if self._folder is not None:
+            self._folder.write(slots, rows, seen)
+        else:
+            for stored, new in zip([*self._notes(), *self._fields], rows, strict=True):
+                stored[slots] = new
+            self._seen.fill_(seen)
+        self._count = seen
 
     def _keep(self, index: Tensor, capacity: int) -> None:
-        """Allocate anew, with the rows of ``index`` in front."""
-        old, old_notes = self._fields, self._notes()
-        require_room([capacity * max(1, field[:1].nbytes) for field in old], index.device)
-        new = [field.new_empty((capacity, *field.shape[1:])) for field in old]
-        notes = [note.new_full((capacity,), -1) for note in old_notes]
-        for field, rows in zip([*notes, *new], [*old_notes, *old], strict=True):
-            field[: index.numel()] = rows[index]
-        self._fields = new
-        self._set_notes(notes)
+        """Change the capacity, with the rows of ``index`` in front."""
+        self._replace(capacity, self.seen, [([*self._notes(), *self._fields], index)])
+
+    def _replace(self, capacity: int, seen: int, parts: list[tuple[list[Tensor], Tensor]]) -> None:
+        """Allocate anew, with rows of notes and fields one after the other, and take that for the buffer."""
+        tensors, number = self._empty(capacity, self._items.device)
+        begin = 0
+        for rows, index in parts:
+            end = begin + index.numel()
+            gather_rows(rows, index, into=[tensor[begin:end] for tensor in tensors])
+            begin = end
+        self._take(capacity, tensors, number, seen)
+
+    def _take(self, capacity: int, tensors: list[Tensor], number: Tensor, seen: int) -> None:
+        """Have what :meth:`_empty` gave, filled, for the buffer."""
+        self.capacity, self._seen = capacity, number
+        self._adopt(tensors)
+        self._set_seen(seen)
+        self._settle()

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor, distributed
 
 from limpet import _checks, ops
+from limpet.buffers import ranks
 from limpet.buffers.base import Buffer
-from limpet.ops.reservoir import insert_unchecked_
+from limpet.ops.reservoir import insert_unchecked_, sampled_unchecked
 
 
 class ReservoirBuffer(Buffer):
@@ -27,15 +29,23 @@ class ReservoirBuffer(Buffer):
         capacity: how many items are kept, at least 1.
         seed: of all draws, in [0, 2^63).
         device: where the items lie; where the first batch does for ``None``.
+        storage: ``"device"``; ``"pinned"``, page-locked memory of the CPU, from which samples (page-locked too) are
+            copied to a CUDA device while it computes; ``"mmap"``, files, for buffers larger than memory. A process
+            that is killed at any time leaves files with which :meth:`open` goes on.
+        path: for ``"mmap"`` a folder for the files, new or empty.
 
     Attributes:
         capacity: as given.
         seed: as given.
         seen: items seen so far.
+        storage: as given.
 
     Raises:
         TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
+            it.
+        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
+        OSError: the folder cannot be written.
 
     >>> buffer = ReservoirBuffer(100, seed=0)
     >>> for _ in range(10):
@@ -62,10 +72,31 @@ class ReservoirBuffer(Buffer):
         """
         if self._structure is None:
             self._begin(batch)
-        fields = self._like_first(batch)
-        if fields[0].shape[0]:
-            insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
-            self._count += fields[0].shape[0]
+        fields = self._checked(batch)
+        count = fields[0].shape[0]
+        if not count:
+            return
+        if self.storage == "mmap" or (self.storage == "pinned" and not all([field.is_cpu for field in fields])):
+            self._add_accepted(fields, count)
+            return
+        if not all([field.device == self._device for field in fields]):
+            fields = [field.to(self._device) for field in fields]
+        insert_unchecked_(self._fields, self._items, self._seen, fields, self.seed)
+        self._count += count
+
+    def _add_accepted(self, fields: list[Tensor], count: int) -> None:
+        """The same for files, which want a journal, and for batches elsewhere: only rows that stay are moved."""
+        seen, held = self.seen, len(self)
+        slots, places = _last_writers(ops.reservoir_slots(seen, count, self.capacity, self.seed, device="cpu"))
+        rows = [places + seen, *(field.detach()[places.to(field.device)].to("cpu") for field in fields)]
+        taken = int((slots < held).sum())  # slots ascend; behind these come the free ones, in a row
+        for stored, new in zip([*self._notes(), *self._fields], rows, strict=True):
+            stored[held : held + slots.numel() - taken] = new[taken:]
+        self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
+
+    def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
+        held, pin = self._at_most_held(count), self.storage == "pinned"
+        return sampled_unchecked(new, self._fields, held, count, self.seed, self._next_draw(), ahead, pin)
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.
@@ -97,8 +128,9 @@ class ReservoirBuffer(Buffer):
 
         Raises:
             TypeError: ``other`` is no :class:`ReservoirBuffer`.
-            ValueError: it is this buffer itself, its items have another structure, dtype or shape, or it passed over
-                items and holds fewer than this buffer's capacity. Nothing has changed then.
+            ValueError: it is this buffer itself, its items have another structure, dtype or shape, it passed over
+                items and holds fewer than this buffer's capacity, or both passed over items by the same seed's draws.
+                Nothing has changed then.
         """
         if not isinstance(other, ReservoirBuffer):
             raise TypeError(f"other must be a ReservoirBuffer, got {_checks.describe(other)}")
@@ -111,20 +143,46 @@ class ReservoirBuffer(Buffer):
                 f"other must hold {min(self.capacity, other.seen)} items to be merged into {self.capacity} slots, "
                 f"got a capacity of {other.capacity}"
             )
+        if self.seed == other.seed and self.seen > self.capacity and other.seen > other.capacity:
+            raise ValueError(
+                f"other must have another seed than {self.seed}: with the same draws both passed over the same items"
+            )
         theirs = other._structured([field[: len(other)] for field in other._fields])
         if self._structure is None:
             self._begin(theirs)
         fields, device = self._like_first(theirs), self._items.device
-        first, second = self.seen, other.seen
-        held = min(self.capacity, first + second)
-        # Of so many places in the two streams together, those in the first: a hypergeometric draw.
-        places = ops.sample_without_replacement(first + second, held, seed=self.seed, draw=self._next_draw())
-        from_first = int((places < first).sum())
-        mine = self._choice(len(self), from_first, device)
-        others = self._choice(len(other), held - from_first, device)
-        rows = [torch.cat([field[mine], new[others]]) for field, new in zip(self._fields, fields, strict=True)]
-        items = torch.cat([self._items[mine], other._items.to(device)[others] + first])
-        for field, new in zip(self._fields, rows, strict=True):
-            field[:held] = new
-        self._items[:held] = items
-        self._set_seen(first + second)
+        mine, others = ranks.shares([self.seen, other.seen], self.capacity, self.seed, self._next_draw())
+        parts = [
+            ([*self._notes(), *self._fields], self._choice(len(self), mine, device)),
+            ([other.items.to(device) + self.seen, *fields], self._choice(len(other), others, device)),
+        ]
+        self._replace(self.capacity, self.seen + other.seen, parts)
+
+    def merge_ranks(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Become, on every process of a group, the same uniform sample of the streams of all of them together.
+
+        All call it, with buffers of one capacity and of different seeds, as if their streams had come one after the
+        other in the order of the ranks. How many rows each gives is drawn from the multivariate hypergeometric
+        distribution, and no others are sent. Seeds stay as they are: afterwards the processes sample differently.
+
+        Do it once, at the end: buffers merged twice would count their items twice.
+
+        Args:
+            group: the processes; all of them for ``None``. Its backend must take the buffers' device.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialised.
+            TypeError: ``group`` is no process group.
+            ValueError: structures, dtypes, shapes or capacities differ, or two processes passed over items by the same
+                seed's draws. It is raised on all of them, and nothing has changed then.
+        """
+        ranks.merge(self, group)
+
+
+def _last_writers(slots: Tensor) -> tuple[Tensor, Tensor]:  # int64 [count] -> [written], [written]
+    """Slots that get an item, ascending, and the place of the last item that each gets."""
+    places = (slots >= 0).nonzero().squeeze(1)
+    slots, order = slots[places].sort(stable=True)
+    last = torch.ones_like(slots, dtype=torch.bool)
+    last[:-1] = slots[1:] != slots[:-1]
+    return slots[last], places[order[last]]

@@ -22,6 +22,12 @@ class Structure:
     def __deepcopy__(self, memo: object) -> Structure:
         return self  # it never changes, and torch warns when its own part is copied
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self._spec == other._spec
+
+    def __repr__(self) -> str:
+        return repr(self._spec)
+
     @staticmethod
     def of(batch: Any) -> tuple[Structure, list[Tensor]]:
         """A first batch's structure and its fields."""

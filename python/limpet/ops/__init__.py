@@ -7,6 +7,7 @@ from limpet.ops.fisher import (
     sum_grad_squared_linear,
     sum_grad_squared_scale,
 )
+from limpet.ops.gated_lateral import gated_lateral, gated_laterals
 from limpet.ops.narrow import pack_anchor, pack_importance, unpack_anchor, unpack_importance
 from limpet.ops.optim import adamw_step_, sgd_step_
 from limpet.ops.path_integral import path_integral_update_
@@ -16,6 +17,8 @@ from limpet.ops.reservoir import gather_rows, reservoir_insert_, reservoir_slots
 __all__ = [
     "adamw_step_",
     "add_quadratic_penalty_grad_",
+    "gated_lateral",
+    "gated_laterals",
     "gather_rows",
     "pack_anchor",
     "pack_importance",

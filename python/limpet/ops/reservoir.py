@@ -52,6 +52,10 @@ def _rows(stored: Sequence[Tensor], batch: Sequence[Tensor]) -> tuple[list[int],
     )
 
 
+def _contiguous(batch: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in batch]
+
+
 def _where(tensor: Tensor) -> tuple[int, int]:
     """Device and stream of a launch."""
     return tensor.device.index, torch.cuda.current_stream(tensor.device).cuda_stream
@@ -66,7 +70,7 @@ def _slots_cuda(slots: Tensor, seen: int, capacity: int, seed: int) -> None:
 
 
 def _insert_cpu(stored: Sequence[Tensor], items: Tensor, seen: Tensor, batch: Sequence[Tensor], seed: int) -> None:
-    rows = [t if t.is_contiguous() else t.contiguous() for t in batch]
+    rows = _contiguous(batch)
     reservoir = items.data_ptr(), seen.data_ptr(), items.shape[0], rows[0].shape[0], seed
     _core.reservoir_insert(*_rows(stored, rows), *reservoir, _launch.threads())
 
@@ -139,19 +143,40 @@ def mixed_unchecked(
     stored: list[Tensor],  # [rows, *] each
     index: Tensor,  # int64 [replayed]
     count: int,
+    pin: bool = False,
 ) -> list[Tensor]:  # [count + replayed, *] each
     """New rows, and stored ones behind them; ``new`` may be empty where ``count`` is 0."""
-    total = count + index.shape[0]
-    rows = [field.new_empty((total, *field.shape[1:])) for field in stored]
+    rows = _empty_rows(stored, count + index.shape[0], pin)
     if _plain(index):
-        ahead = [t if t.is_contiguous() else t.contiguous() for t in new]
         places = stored[0].shape[0], index.data_ptr(), index.shape[0]
+        ahead = _contiguous(new)
         _core.gather_rows(*_rows(stored, rows), [t.data_ptr() for t in ahead], count, *places, _launch.threads())
         return rows
     for out, tensor in zip(rows, new, strict=False):
         out[:count] = tensor
     if index.shape[0]:
         _gather([out[count:] for out in rows], stored, index)
+    return rows
+
+
+def sampled_unchecked(
+    new: list[Tensor],  # [count, *] each
+    stored: list[Tensor],  # [rows, *] each
+    population: int,
+    replayed: int,
+    seed: int,
+    draw: int,
+    count: int,
+    pin: bool = False,
+) -> list[Tensor]:  # [count + replayed, *] each
+    """:func:`mixed_unchecked` of what :func:`sample_unchecked` draws, at once where that is possible."""
+    if not _plain(stored[0]):
+        return mixed_unchecked(
+            new, stored, sample_unchecked(population, replayed, seed, draw, stored[0].device), count, pin
+        )
+    rows, ahead = _empty_rows(stored, count + replayed, pin), _contiguous(new)
+    draws = population, replayed, seed, draw
+    _core.sample_rows(*_rows(stored, rows), [t.data_ptr() for t in ahead], count, *draws, _launch.threads())
     return rows
 
 
@@ -167,6 +192,13 @@ def sample_unchecked(
     if count:
         (_sample_cpu if _plain(sample) else _sample)(sample, population, seed, draw)
     return sample
+
+
+def _empty_rows(stored: list[Tensor], count: int, pin: bool) -> list[Tensor]:  # [count, *] each
+    return [
+        torch.empty((count, *field.shape[1:]), dtype=field.dtype, device=field.device, pin_memory=pin)
+        for field in stored
+    ]
 
 
 def _plain(tensor: Tensor) -> bool:

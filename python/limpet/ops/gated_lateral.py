@@ -1,0 +1,453 @@
+"""Gated lateral family: one column of a network lets in what an earlier one computed, through a gate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limpet import _checks, _core, _launch, reference
+from limpet.ops._library import LIBRARY, define, serve_by_triton
+
+# --- schemas, reference backend, fakes -------------------------------------------------------------------------------
+
+# The product h W^T is kept for backward, which computes the gate from it again: the gate itself, rounded to 16 bits,
+# would have lost what 1 - g is where the gate is open. What is not wanted comes back as an empty tensor.
+
+
+def _forward_default(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(_aligned(x, h, channel_dim)[0])
+    y.copy_(reference.gated_lateral(x, h, weight, bias, channel_dim))
+    if not keep_product:
+        return y, x.new_empty(0)
+    return y, torch.empty_like(y).copy_(reference.gate_product(h, weight, channel_dim))
+
+
+def _forward_fake(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
+) -> tuple[Tensor, Tensor]:
+    y = torch.empty_like(_aligned(x, h, channel_dim)[0])
+    return y, torch.empty_like(y) if keep_product else x.new_empty(0)
+
+
+def _backward_default(*arguments: Any) -> list[Tensor]:
+    *inputs, wanted = arguments
+    grads = reference.gated_lateral_backward(*inputs)
+    likes = _backward_fake(*arguments)
+    return [like.copy_(grad) if want else like for like, grad, want in zip(likes, grads, wanted, strict=True)]
+
+
+def _backward_fake(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product: Tensor,
+    channel_dim: int,
+    wanted: Sequence[bool],
+) -> list[Tensor]:
+    likes = product, product, weight.contiguous(), weight.new_empty(weight.shape[:1])
+    return [torch.empty_like(like) if want else x.new_empty(0) for like, want in zip(likes, wanted, strict=True)]
+
+
+define(
+    "gated_lateral(Tensor x, Tensor h, Tensor weight, Tensor? bias, int channel_dim, bool keep_product) "
+    "-> (Tensor, Tensor)",
+    default=_forward_default,
+    fake=_forward_fake,
+)
+define(
+    "gated_lateral_backward(Tensor grad, Tensor x, Tensor h, Tensor weight, Tensor? bias, Tensor product, "
+    "int channel_dim, bool[] wanted) -> Tensor[]",
+    default=_backward_default,
+    fake=_backward_fake,
+)
+
+_forward = torch.ops.limpet.gated_lateral.default
+_backward = torch.ops.limpet.gated_lateral_backward.default
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def _aligned(x: Tensor, h: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, bool]:
+    """Both without gaps and in one order in memory, and whether the channels come last there."""
+    if channel_dim == -1:
+        return x.contiguous(), h.contiguous(), True
+    channels_last = _CHANNELS_LAST.get(h.dim())
+    if channels_last and not h.is_contiguous() and h.is_contiguous(memory_format=channels_last):
+        return x.contiguous(memory_format=channels_last), h, True
+    return x.contiguous(), h.contiguous(), h.dim() == 2
+
+
+def _matrix(value: Tensor, channel_dim: int, last: bool) -> Tensor:  # -> [rows, H], or [N, H, places]; a view
+    if not last:
+        return value.view(*value.shape[:2], -1) if value.numel() else value.flatten(2)
+    if channel_dim == 1 and value.dim() > 2:
+        value = value.movedim(1, -1)
+    return value if value.dim() == 2 else value.view(value.shape[:-1].numel(), value.shape[-1])
+
+
+def _sizes(matrix: Tensor) -> tuple[int, int, int]:
+    """Samples, channels and places as the core counts them."""
+    shape = matrix.shape
+    return (shape[0], shape[1], 1) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+
+
+# --- CPU -------------------------------------------------------------------------------------------------------------
+
+# Products are written where they are told to: autocast leaves those alone.
+
+
+def _forward_cpu(
+    x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
+) -> tuple[Tensor, Tensor]:
+    x, h, last = _aligned(x, h, channel_dim)
+    y = torch.empty_like(x)
+    product = torch.empty_like(x) if keep_product else y  # the pass may write y where it reads the product
+    inputs, out = _matrix(h, channel_dim, last), _matrix(product, channel_dim, last)
+    if last:
+        torch.mm(inputs, weight.t(), out=out)
+    else:
+        torch.bmm(weight.expand(inputs.shape[0], *weight.shape), inputs, out=out)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    _core.gated_lateral(
+        y.data_ptr(),
+        x.data_ptr(),
+        h.data_ptr(),
+        product.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        _sizes(inputs),
+        _launch.DTYPE_CODES[x.dtype],
+        _launch.threads(),
+    )
+    return y, product if keep_product else x.new_empty(0)
+
+
+def _backward_cpu(
+    grad: Tensor,
+    x: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    product: Tensor,
+    channel_dim: int,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    x, h, last = _aligned(x, h, channel_dim)
+    grad, _, _ = _aligned(grad, h, channel_dim)
+    if bias is not None and not bias.is_contiguous():
+        bias = bias.contiguous()
+    want_x, want_h, want_weight, want_bias = wanted
+    inputs = _matrix(h, channel_dim, last)
+    sizes = _sizes(inputs)
+    x_grad = torch.empty_like(x) if want_x else None
+    h_grad = torch.empty_like(x) if want_h else None
+    weight_grad = weight.new_empty(weight.shape) if want_weight else None
+    bias_grad = weight.new_empty(weight.shape[:1]) if want_bias else None
+    logit_grad = torch.empty_like(x) if want_h or want_weight else None
+    workspace = _launch.workspace(_core.gated_lateral_workspace(sizes), x.device) if want_bias else None
+    _core.gated_lateral_backward(
+        grad.data_ptr(),
+        x.data_ptr(),
+        h.data_ptr(),
+        product.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        sizes,
+        _launch.DTYPE_CODES[x.dtype],
+        0 if x_grad is None else x_grad.data_ptr(),
+        0 if h_grad is None else h_grad.data_ptr(),
+        0 if logit_grad is None else logit_grad.data_ptr(),
+        0 if bias_grad is None else bias_grad.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
+        _launch.threads(),
+    )
+    if logit_grad is not None:
+        outputs = _matrix(logit_grad, channel_dim, last)
+        if h_grad is not None:
+            _add_product_(_matrix(h_grad, channel_dim, last), outputs, weight)
+        if weight_grad is not None:
+            _weight_grad(weight_grad, outputs, inputs)
+    return [x_grad, h_grad, weight_grad, bias_grad]
+
+
+def _backward_op_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
+    return [grad.new_empty(0) if g is None else g for g in _backward_cpu(grad, *arguments)]
+
+
+def _add_product_(total: Tensor, logit_grad: Tensor, weight: Tensor) -> None:  # [rows, H] or [N, H, P]; [H, H]
+    """Add what the gate's logits pass on to ``h``."""
+    if total.dim() == 2:
+        torch.addmm(total, logit_grad, weight, out=total)
+    else:
+        torch.baddbmm(total, weight.t().expand(total.shape[0], *weight.shape), logit_grad, out=total)
+
+
+def _weight_grad(total: Tensor, logit_grad: Tensor, h: Tensor) -> None:  # [H, H], written; [rows, H] or [N, H, P]
+    if h.dim() == 2:
+        torch.mm(logit_grad.t(), h, out=total)
+        return
+    if h.numel() == 0:
+        total.zero_()
+        return
+    # The convolution's own kernel: faster than products sample by sample, and than copies with the channels last.
+    convolution = [1], [0], [1], False, [0], 1, [False, True, False]
+    filters = total.unsqueeze(2)
+    total.copy_(torch.ops.aten.convolution_backward(logit_grad, h, filters, None, *convolution)[1].squeeze(2))
+
+
+LIBRARY.impl("gated_lateral", torch.no_grad()(_forward_cpu), "CPU")
+LIBRARY.impl("gated_lateral_backward", torch.no_grad()(_backward_op_cpu), "CPU")
+serve_by_triton("gated_lateral", "limpet.triton_kernels.gated_lateral")
+serve_by_triton("gated_lateral_backward", "limpet.triton_kernels.gated_lateral")
+
+
+# --- autograd --------------------------------------------------------------------------------------------------------
+
+
+def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+    """The gradients at ``x``, ``h``, ``weight`` and ``bias``, those that are wanted."""
+    x, h, weight, bias, product = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:4]
+    if torch.is_grad_enabled() or _transformed():
+        # A graph of the gradient itself was asked for: the reference is plain torch, and differentiable again.
+        product = reference.gate_product(h, weight, ctx.channel_dim)
+        grads = reference.gated_lateral_backward(grad, x, h, weight, bias, product, ctx.channel_dim)
+    elif _plain(grad, x, h, weight, bias):
+        return _backward_cpu(grad, x, h, weight, bias, product, ctx.channel_dim, wanted)
+    else:
+        grads = _backward(grad, x, h, weight, bias, product, ctx.channel_dim, wanted)
+    return [g if want else None for g, want in zip(grads, wanted, strict=True)]
+
+
+class _GatedLateral(torch.autograd.Function):
+    """The op with its gradient; torch.compile refuses a function that has a ``jvp`` (forward mode)."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _forward(x, h, weight, bias, channel_dim, keep_product)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.channel_dim = inputs[4]
+        ctx.save_for_backward(*inputs[:4], output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 6
+        return *_gradients(ctx, grad), None, None
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[Any, ...],
+        x: Tensor,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        channel_dim: int,
+        keep_product: bool,
+    ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+        def both(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+            y = reference.gated_lateral(x, h, weight, bias, channel_dim)
+            return y, torch.zeros_like(y[:0])  # backward computes the product itself
+
+        return torch.vmap(both, in_dims=in_dims[:4])(x, h, weight, bias), (0, 0)
+
+
+class _PlainGatedLateral(torch.autograd.Function):
+    """The same for plain tensors on the CPU, past the dispatcher.
+
+    A function with a ``setup_context``, which ``torch.func`` needs, costs four times as much to call as one without:
+    a tenth of a small lateral.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int) -> Tensor:
+        y, product = _forward_cpu(x, h, weight, bias, channel_dim, True)
+        ctx.channel_dim = channel_dim
+        ctx.save_for_backward(x, h, weight, bias, product)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_gradients(ctx, grad), None
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether the core may be called past the dispatcher, which costs as much as a small pass."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # whose tensors look plain
+        return False
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or not t.is_cpu):
+            return False
+    return True
+
+
+def _transformed() -> bool:
+    """Whether tensors may be those of ``torch.func``."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+# --- validation ------------------------------------------------------------------------------------------------------
+
+
+def _validate(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int) -> None:
+    if channel_dim not in (1, -1):
+        raise ValueError(f"channel_dim must be 1 or -1, got {channel_dim!r}")
+    if x.dim() < (1 if channel_dim == -1 else 2):
+        raise ValueError(f"x must have a dimension {channel_dim}, got {_checks.describe(x)}")
+    channels = x.shape[channel_dim]
+    _beside("h", h, x.shape, x)
+    _beside("weight", weight, (channels, channels), x)
+    if bias is not None:
+        _beside("bias", bias, (channels,), x)
+
+
+def _beside(name: str, value: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {value.dtype}")
+    if value.shape != shape:
+        raise ValueError(
+            f"{name} must be of shape {list(shape)} beside x of shape {list(x.shape)}, got {_checks.describe(value)}"
+        )
+    _checks.same_device(name, value, "x", x)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As a linear layer's inputs are cast: float64 stays."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+# --- public functions ------------------------------------------------------------------------------------------------
+
+
+def gated_lateral(
+    x: Tensor,  # [*, H], or [N, H, *] with channel_dim=1
+    h: Tensor,  # as x
+    weight: Tensor,  # [H, H]
+    bias: Tensor | None = None,  # [H]
+    *,
+    channel_dim: int = -1,
+) -> Tensor:  # as x
+    r"""Mix what an earlier column computed into this one, through a learned gate.
+
+    .. math:: y = x \odot g + h \odot (1 - g), \qquad g = \sigma(W h + b)
+
+    ``x`` are this column's activations and ``h`` those of an earlier one, of the same width. The gate is a variant of
+    our own: the laterals of progressive networks (Rusu et al. 2016) add an adapter's output and have no gate. With
+    ``channel_dim=1`` the gate is a 1x1 convolution over the channels, with any number of spatial dimensions.
+
+    Differentiable in all four tensors, twice. Forward costs one matrix product and one pass, backward two products and
+    one pass; what backward keeps beside the inputs is the product, from which it computes the gate again. Gradients
+    that nobody asks for are not computed: an earlier column that is frozen saves a product.
+
+    Args:
+        x: ``[*, H]``, or ``[N, H, *]`` with ``channel_dim=1``; float32, float64, bfloat16 or float16; any strides.
+        h: of the same shape, dtype and device.
+        weight: ``[H, H]``, as in :func:`torch.nn.functional.linear`.
+        bias: ``[H]``, or none.
+        channel_dim: where the channels are: -1, or 1.
+
+    Returns:
+        Of ``x``'s shape and dtype. The gate and the mixture are computed in float32 where the dtype is narrower. Under
+        autocast all tensors, and so the result, are of autocast's dtype, as in a linear layer.
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ.
+        ValueError: shapes or devices differ, ``weight`` is not square, or ``channel_dim`` is neither 1 nor -1.
+
+    >>> x, h = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.0]])
+    >>> gated_lateral(x, h, torch.zeros(2, 2))  # the gate is half open
+    tensor([[2., 1.]])
+    >>> gated_lateral(x, h, torch.zeros(2, 2), torch.tensor([-100.0, 100.0]))
+    tensor([[3., 2.]])
+    """
+    _checks.float_tensor("x", x), _checks.float_tensor("h", h), _checks.float_tensor("weight", weight)
+    if bias is not None:
+        _checks.float_tensor("bias", bias)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, h, weight = (_autocast(t, dtype) for t in (x, h, weight))
+        bias = None if bias is None else _autocast(bias, dtype)
+    _validate(x, h, weight, bias, channel_dim)
+    graph = torch.is_grad_enabled()
+    y: Tensor
+    if not _plain(x, h, weight, bias):
+        y = _GatedLateral.apply(x, h, weight, bias, channel_dim, graph)[0]
+    elif graph:
+        y = _PlainGatedLateral.apply(x, h, weight, bias, channel_dim)
+    else:
+        y = _forward_cpu(x, h, weight, bias, channel_dim, False)[0]
+    return y
+
+
+def gated_laterals(
+    x: Tensor,  # [*, H], or [N, H, *] with channel_dim=1
+    hs: Sequence[Tensor],  # as x, each
+    weights: Sequence[Tensor],  # [H, H] each
+    biases: Sequence[Tensor | None] | None = None,  # [H] each
+    *,
+    combine: str = "chain",
+    channel_dim: int = -1,
+) -> Tensor:  # as x
+    r"""Several gated laterals, one from each earlier column.
+
+    ``"chain"`` gates one after another, each on what the one before gave: :math:`y_0 = x`,
+    :math:`y_{j+1} = y_j g_j + h_j (1 - g_j)`. So the last has the last word, and the result is a mixture whose
+    factors sum to 1. ``"sum"`` adds what each alone would change: :math:`y = x + \sum_j (1 - g_j) (h_j - x)`, which
+    does not depend on the order. For one lateral both are :func:`gated_lateral`, of which this is a loop: the time
+    goes into the products, of which each lateral has its own.
+
+    Args:
+        x: as in :func:`gated_lateral`, and so are the dtypes, shapes and devices of all tensors.
+        hs: activations of earlier columns; none at all gives ``x``.
+        weights: one for each.
+        biases: one for each, any of them ``None``; or none at all.
+        combine: ``"chain"`` or ``"sum"``.
+        channel_dim: where the channels are: -1, or 1.
+
+    Raises:
+        TypeError: an argument is no list of tensors, or as in :func:`gated_lateral`.
+        ValueError: lists differ in length, ``combine`` is another word, or as in :func:`gated_lateral`.
+
+    >>> x, zeros = torch.tensor([[1.0, 1.0]]), torch.zeros(2, 2)
+    >>> hs = [torch.tensor([[3.0, 5.0]]), torch.tensor([[0.0, 1.0]])]
+    >>> gated_laterals(x, hs, [zeros, zeros])
+    tensor([[1., 2.]])
+    >>> gated_laterals(x, hs, [zeros, zeros], combine="sum")
+    tensor([[1.5000, 3.0000]])
+    """
+    _checks.one_of("combine", combine, ("chain", "sum"))
+    lists: list[tuple[str, Any]] = [("hs", hs), ("weights", weights)]
+    if biases is not None:
+        lists.append(("biases", biases))
+    for name, value in lists:
+        if not isinstance(value, (list, tuple)):
+            raise TypeError(f"{name} must be a list or tuple of tensors, got {_checks.describe(value)}")
+        if len(value) != len(hs):
+            raise ValueError(f"{name} must have as many tensors as hs ({len(hs)}), got {len(value)}")
+    result = x
+    for h, weight, bias in zip(hs, weights, biases or [None] * len(hs), strict=True):
+        if combine == "chain":
+            result = gated_lateral(result, h, weight, bias, channel_dim=channel_dim)
+        else:
+            change = gated_lateral(x, h, weight, bias, channel_dim=channel_dim)
+            result = change if result is x else result + (change - x)
+    return result
