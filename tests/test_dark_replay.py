@@ -56,6 +56,14 @@ def test_the_logits_kept_are_those_of_the_step():
     assert not logits.requires_grad
 
 
+def test_logits_kept_under_autocast():
+    model, x = nn.Linear(2, 3), torch.randn(6, 2)
+    dark = DarkReplay(model, 10, alpha=1.0)
+    dark.observe(x, torch.zeros(6), (model(x) + 1.0).bfloat16())
+    dark.penalty().backward()
+    assert dark.penalty().item() == pytest.approx(1.0, rel=2e-2)
+
+
 def test_nothing_is_added_before_anything_was_observed():
     model = nn.Linear(2, 3, dtype=torch.float64)
     penalty = DarkReplay(model, 10, beta=1.0).penalty()

@@ -95,14 +95,14 @@ class DarkReplay:
         if not len(self.buffer):
             return next(self.model.parameters()).new_zeros(())
         terms = []
-        if self.alpha or not self.beta:
+        if self.alpha or not self.beta:  # one term at least, so that there is a graph
             outputs, _, logits = self._replayed()
             if outputs.shape != logits.shape:
                 raise RuntimeError(
                     f"the model must give {list(logits.shape[1:])} outputs a row, as when the items were observed, "
                     f"got {_checks.describe(outputs)}"
                 )
-            terms.append(self.alpha * F.mse_loss(outputs, logits))
+            terms.append(self.alpha * F.mse_loss(outputs, logits.to(outputs.dtype)))  # autocast may have been on
         if self.beta:
             outputs, y, _ = self._replayed()
             terms.append(self.beta * F.cross_entropy(outputs, y))
