@@ -229,6 +229,51 @@ def whole_models() -> Table:
     return Table("diagonal_fisher beside one ordinary pass, float32", columns, rows)
 
 
+# --- gated lateral ---------------------------------------------------------------------------------------------------
+
+
+def gated_lateral_row(batch: int, width: int, dtype: torch.dtype, deadline: float) -> list[Cell]:
+    """One shape, forward and backward: ours, its three products, eager, and eager compiled."""
+    x, h, grad = (torch.randn(batch, width, device="cuda").to(dtype) for _ in range(3))
+    weight = (torch.randn(width, width, device="cuda") / width**0.5).to(dtype)
+    bias = torch.randn(width, device="cuda").to(dtype)
+    tensors = [t.clone().requires_grad_() for t in (x, h, weight, bias)]
+
+    def eager(x: torch.Tensor, h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return torch.lerp(h, x, torch.sigmoid(torch.nn.functional.linear(h, weight, bias)))
+
+    def both_ways(function: Callable[..., torch.Tensor]) -> Run:
+        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
+
+    times = milliseconds(
+        {
+            "ours": both_ways(ops.gated_lateral),
+            "products": lambda: (h @ weight.T, grad @ weight, grad.T @ h),
+            "eager": both_ways(eager),
+        }
+    )
+    compiled_ms = None
+    if time.monotonic() < deadline:
+        compiled = torch.compile(eager)
+        try:
+            compiled_ms = milliseconds({"compiled": both_ways(compiled)}, rounds=9)["compiled"]
+        except Exception as error:
+            print(f"torch.compile of the gated lateral: {error}", file=sys.stderr)
+    ratio = times["ours"] / times["products"]
+    target = 1.15 if width >= 4096 else 1.5
+    row = [f"{batch} x {width}", times["ours"], times["products"], ratio, target, times["eager"], compiled_ms]
+    return [str(dtype)[6:], *row]
+
+
+def gated_lateral(deadline: float) -> Table:
+    """Forward and backward beside the three bare products of the same shape and precision."""
+    columns = ["dtype", "B x H", "ms", "products ms", "ratio", "at most", "eager (lerp) ms", "torch.compile(eager) ms"]
+    shapes = [(4096, 4096), (4096, 512)]
+    dtypes = (torch.bfloat16, torch.float32)
+    rows = [gated_lateral_row(*shape, dtype, deadline) for dtype in dtypes for shape in shapes]
+    return Table("Gated lateral, forward and backward, beside its three products", columns, rows)
+
+
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +314,7 @@ def main() -> None:
     report.tables.append(ceilings)
 
     tables: list[Callable[[], Table]] = [lambda: quadratic(bandwidth), lambda: path_integral(bandwidth), whole_models]
+    tables.append(lambda: gated_lateral(deadline))
     tables += [lambda dtype=dtype, rate=rate: contraction(dtype, rate, deadline) for dtype, rate in rates.items()]
     failures = []
     for table in tables:

@@ -54,7 +54,7 @@ def steps(results: Path) -> list[Step]:
         Step("device answers", [sys.executable, "-c", device], 60, {}),
         Step("versions", ["nvcc", "--version"], 10, {}),
         Step("build with CUDA", build, 150, {}),
-        Step("GPU tests", [*GPU_TESTS, "--durations", "5"], 150, {}),
+        Step("GPU tests", [*GPU_TESTS, "tests/test_gpu_gated_lateral.py", "--durations", "5"], 150, {}),
         Step("GPU benches", [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "60"], 150, {}),
         Step("memcheck", [*check, "--tool", "memcheck", *SANITIZED], 100, uncached),
         Step("racecheck", [*check, "--tool", "racecheck", *SANITIZED, "-x"], 60, uncached),

@@ -12,7 +12,7 @@ EVERY_OP = """
 import itertools, os, sys
 import torch
 sys.path.insert(0, os.environ["TESTS"])
-import test_fisher_ops, test_path_integral, test_quadratic
+import test_fisher_ops, test_gated_lateral, test_path_integral, test_quadratic
 from op_cases import CHANNELS, CONV, DTYPES, LINEAR
 from limpet import _core
 assert _core.build_info()["instruction_set"] == os.environ["LIMPET_CPU"]
@@ -29,6 +29,13 @@ for dtypes in [(torch.float64,) * 3, *itertools.product(test_quadratic.NARROW, r
     test_quadratic.test_value_and_gradient_match_float64(dtypes)
 for dtypes in test_path_integral.STORED:
     test_path_integral.test_matches_float64(dtypes)
+for dtype in DTYPES:
+    for shape, channel_dim in test_gated_lateral.SHAPES:
+        test_gated_lateral.check(*test_gated_lateral.inputs(shape, channel_dim, dtype), channel_dim)
+for dtype in (torch.float32, torch.float64):
+    test_gated_lateral.test_the_gate_keeps_its_relative_precision(dtype)
+for width in (1, 40):
+    test_gated_lateral.test_infinite_and_undefined_logits(width)
 print("every op agrees")
 """
 

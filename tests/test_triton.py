@@ -52,6 +52,7 @@ else:
         fisher_channel,
         fisher_conv,
         fisher_embedding,
+        gated_lateral,
         path_integral,
         reservoir,
     )
@@ -229,6 +230,44 @@ else:
             step["grads"] = [torch.stack([g, g], dim=-1)[..., 0] for g in step["grads"]]
             step["integrals"] = [torch.stack([t, t], dim=-1)[..., 0] for t in step["integrals"]]
         check_path_integral(step if penalty else without_penalty(step), update=path_integral.path_integral_update_)
+
+    @few
+    @given(
+        st.sampled_from(
+            [((37, 70), -1), ((2, 3, 33), -1), ((2, 40, 5, 3), 1), ((0, 4), -1), ((3, 17), 1), ((140, 5), -1)]
+        ),
+        st.sampled_from(DTYPES),
+        st.booleans(),
+        st.booleans(),
+        st.tuples(*[st.booleans()] * 3),
+    )
+    def test_gated_lateral(
+        layout: tuple[tuple[int, ...], int],
+        dtype: torch.dtype,
+        with_bias: bool,
+        strided: bool,
+        wanted: tuple[bool, bool, bool],
+    ) -> None:
+        shape, channel_dim = layout
+        channels = shape[channel_dim]
+        x, h, grad = (values(*shape, dtype=dtype, seed=k, strided=strided) for k in range(3))
+        weight = values(channels, channels, dtype=dtype, seed=3, strided=strided) / channels**0.5
+        bias = values(channels, dtype=dtype, seed=4, strided=strided) if with_bias else None
+        wide = [None if t is None else t.double() for t in (x, h, weight, bias)]
+        y, product = gated_lateral.gated_lateral(x, h, weight, bias, channel_dim, True)
+        assert_close(y, reference.gated_lateral(*wide, channel_dim))
+        assert_close(product, reference.gate_product(wide[1], wide[2], channel_dim))
+        forgotten = gated_lateral.gated_lateral(x, h, weight, bias, channel_dim, False)
+        assert_close(forgotten[0], y.double())
+        assert forgotten[1].numel() == 0
+        wants = (*wanted, with_bias)
+        got = gated_lateral.gated_lateral_backward(grad, x, h, weight, bias, product, channel_dim, wants)
+        want = reference.gated_lateral_backward(grad.double(), *wide, product.double(), channel_dim)
+        for a, b, wish in zip(got, want, wants, strict=True):
+            if wish:
+                assert_close(a, b)
+            else:
+                assert a.numel() == 0
 
     @pytest.mark.parametrize("seen", [0, 1, 777, 2**40 + 1, 2**62 + 2**61])
     @pytest.mark.parametrize("capacity", [1, 300, 2**61])

@@ -30,6 +30,7 @@ from limpet.triton_kernels import (
     fisher_channel,
     fisher_conv,
     fisher_embedding,
+    gated_lateral,
     path_integral,
     reservoir,
 )
@@ -134,8 +135,23 @@ def gather(_: torch.dtype) -> None:
     reservoir.gather_rows_([torch.empty(4096, 784)], [torch.empty(10_000, 784)], index)
 
 
+def gated(dtype: torch.dtype) -> None:
+    x, weight = torch.empty(4096, 4096, dtype=dtype), torch.empty(4096, 4096, dtype=dtype)
+    gated_lateral.gated_lateral(x, x, weight, weight[0], -1, True)
+
+
+def gated_channels(dtype: torch.dtype) -> None:
+    x, weight = torch.empty(63, 65, 7, 7, dtype=dtype), torch.empty(65, 65, dtype=dtype)
+    gated_lateral.gated_lateral(x, x, weight, None, 1, False)
+
+
+def gated_backward(dtype: torch.dtype) -> None:
+    x, weight = torch.empty(512, 512, dtype=dtype), torch.empty(512, 512, dtype=dtype)
+    gated_lateral.gated_lateral_backward(x, x, x, weight, weight[0], x, -1, [True, False, False, True])
+
+
 LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, scale_centred, embedding)
-LAUNCHES += (path, path_without_penalty)
+LAUNCHES += (path, path_without_penalty, gated, gated_channels, gated_backward)
 RESERVOIR = (reservoir_slots, reservoir_decide, reservoir_copy, sample_targets, sample_follow, gather)
 
 
@@ -175,7 +191,7 @@ def compiled(
     monkeypatch.setattr(JITFunction, "run", run)
 
     def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> Any:
-        for module in (fisher, fisher_conv):
+        for module in (fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "arithmetic", lambda dtype, _: arithmetic(request.param, dtype))
             monkeypatch.setattr(module, "tiles", lambda *args: _tiles.tiles(*args)[choice:])
         launcher(dtype)
@@ -197,16 +213,20 @@ def spilled_bytes(kernel: Any) -> int:
 
 def choices(gpu: GPUTarget, launcher: Callable[[torch.dtype], None], dtype: torch.dtype) -> range:
     """The tiles that would be measured: all of them on the two GPUs on which everything is compiled."""
-    if launcher not in (linear, conv) or gpu.arch not in (90, "gfx942"):
+    if launcher not in (linear, conv, gated) or gpu.arch not in (90, "gfx942"):
         return range(1)
     return range(len(_tiles.tiles(arithmetic(gpu, dtype), 512, 512)))
 
 
 # Every launch for one GPU of each maker, the matrix kernels for the others too.
 CASES = [
-    pytest.param(gpu, launcher, dtype, choice, id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}")
+    pytest.param(
+        *(gpu, launcher, dtype, choice),
+        id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}",
+        marks=[pytest.mark.slow] if launcher is gated and choice else [],
+    )
     for name, gpu in TARGETS.items()
-    for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv))
+    for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv, gated))
     for dtype in (torch.float32, torch.bfloat16)
     for choice in choices(gpu, launcher, dtype)
 ]
@@ -223,6 +243,6 @@ def test_compiles_with_its_tiles_in_registers(
 ) -> None:
     kernel = compiled(launcher, dtype, choice)
     assert spilled_bytes(kernel) <= 64  # a few addresses at most; a spilled tile would be kilobytes
-    if launcher in (linear, linear_single, conv) and "ptx" in kernel.asm:  # on matrix units, float32 as well
+    if launcher in (linear, linear_single, conv, gated) and "ptx" in kernel.asm:  # on matrix units, float32 as well
         operands = r"bf16|kind::f16" if dtype == torch.bfloat16 and launcher is not linear_single else "tf32"
         assert re.search(rf"mma\.\S*({operands})\b", kernel.asm["ptx"])

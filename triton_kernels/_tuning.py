@@ -34,6 +34,7 @@ def launch(
     shares: int,
     places: int,
     samples: int,
+    shape: tuple[int, ...] | None = None,
 ) -> None:
     """Run ``kernel`` on a grid of tiles by shares of the samples.
 
@@ -46,6 +47,7 @@ def launch(
         shares: programs that share a tile's samples.
         places: of a sample.
         samples: of all shares.
+        shape: what the fastest tile depends on, where that is not all of ``weight`` and ``places``.
     """
     groups, rows, columns = weight
     device = arguments[0].device
@@ -53,7 +55,8 @@ def launch(
     def grid(options: Mapping[str, Any]) -> tuple[int, int]:
         return groups * triton.cdiv(rows, options["BLOCK_O"]) * triton.cdiv(columns, options["BLOCK_I"]), shares
 
-    key = (kernel, device, arguments[0].dtype, *weight, places, *constants.values())
+    shape = (*weight, places) if shape is None else shape
+    key = (kernel, device, arguments[0].dtype, *shape, *constants.values())
     work = math.prod(weight) * places * samples
     if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
         tuner = _tuner(kernel, tiles)

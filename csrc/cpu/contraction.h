@@ -57,7 +57,7 @@ LIMPET_FORMULA Chunking chunking(std::int64_t samples, std::int64_t places) {
 // Below this many places per sample, reading and writing the sums of squares for every sample would cost more than a
 // narrower tile does, whose sums stay in registers beside the products (measured; it needs 32 registers).
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr std::int64_t kFewPlaces = 64;
+constexpr std::int64_t kFewPlaces = 16;
 #else
 constexpr std::int64_t kFewPlaces = 0;
 #endif
@@ -70,23 +70,34 @@ struct Tile {
   const S* columns;             // [samples, places, width]
   std::int64_t width;           // of the panel of columns
   std::int64_t samples, places;
-  S* sum;            // [MR, kNR], zero: gets the sum of squares
-  S* carry;          // [MR, kNR] products of a sample's earlier segments, where there are several
-  bool first, last;  // whether this is the sample's first, last segment
-  bool squares;      // false: operands are squared already, and the products' sum itself is wanted
+  S* sum;                 // [MR, kNR]: gets the sum of squares; or, if not `squares`, has the product added to it
+  std::int64_t sum_step;  // from one row of it to the next
+  S* carry;               // [MR, kNR] products of a sample's earlier segments, where there are several
+  bool first, last;       // whether this is the sample's first, last segment
+  bool squares;           // false: operands are squared already, and the products' sum itself is wanted
 };
 
 // The tile's vectors [v0, v0 + NV). `resident`: the sums of squares stay in registers; samples are never carried then.
+// The short loops are unrolled by order: left to itself the compiler brings the products to the stack for every sample.
 template <class S, int MR, int NV, bool resident>
 void run_tile(const Tile<S>& tile, int v0) {
   using V = Vector<S>;
   const S* columns = tile.columns + v0 * lanes<S>;
-  const auto at = [v0](int r, int v) { return r * kNR<S> + (v0 + v) * lanes<S>; };
+  const auto each = [](const auto& body) {  // body(row, vector)
+#pragma GCC unroll 8
+    for (int r = 0; r < MR; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < NV; ++v) body(r, v);
+  };
+  const auto carry = [&](int r, int v) { return tile.carry + r * kNR<S> + (v0 + v) * lanes<S>; };
+  const auto sum = [&](int r, int v) { return tile.sum + r * tile.sum_step + (v0 + v) * lanes<S>; };
   [[maybe_unused]] V squares[MR][NV] = {};
   for (std::int64_t n = 0; n < tile.samples; ++n) {
     V acc[MR][NV];
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < NV; ++v) acc[r][v] = resident || tile.first ? V{} : load(tile.carry + at(r, v));
+    if (resident || tile.first)
+      each([&](int r, int v) { acc[r][v] = V{}; });
+    else
+      each([&](int r, int v) { acc[r][v] = load(carry(r, v)); });
 
     const S* rows[MR];
     for (int r = 0; r < MR; ++r) rows[r] = tile.rows[r] + n * tile.row_sample;
@@ -101,24 +112,23 @@ void run_tile(const Tile<S>& tile, int v0) {
       }
     }
 
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < NV; ++v) {
-        if constexpr (resident) {
-          math::add_square(squares[r][v], acc[r][v]);
-        } else if (!tile.last) {
-          store<S>(acc[r][v], tile.carry + at(r, v));
-        } else if (!tile.squares) {
-          store<S>(acc[r][v], tile.sum + at(r, v));
-        } else {
-          V sum = load(tile.sum + at(r, v));
-          math::add_square(sum, acc[r][v]);
-          store<S>(sum, tile.sum + at(r, v));
-        }
-      }
+    if constexpr (resident) {
+      each([&](int r, int v) { math::add_square(squares[r][v], acc[r][v]); });
+    } else if (!tile.last) {
+      each([&](int r, int v) { store<S>(acc[r][v], carry(r, v)); });
+    } else if (!tile.squares) {
+      each([&](int r, int v) { store<S>(load(sum(r, v)) + acc[r][v], sum(r, v)); });
+    } else if (n == 0) {
+      each([&](int r, int v) { store<S>(acc[r][v] * acc[r][v], sum(r, v)); });
+    } else {
+      each([&](int r, int v) {
+        V total = load(sum(r, v));
+        math::add_square(total, acc[r][v]);
+        store<S>(total, sum(r, v));
+      });
+    }
   }
-  if constexpr (resident)
-    for (int r = 0; r < MR; ++r)
-      for (int v = 0; v < NV; ++v) store<S>(squares[r][v], tile.sum + at(r, v));
+  if constexpr (resident) each([&](int r, int v) { store<S>(squares[r][v], sum(r, v)); });
 }
 
 template <class S, int NV, bool resident>

@@ -143,7 +143,7 @@ void contract(const ConvArgs& args) {
             const std::int64_t g = index / row_panels / panels;
             const int height = static_cast<int>(min_of(kMR, shape.rows - row));
             const int vectors = panel_vectors<S>(shape.columns, column);
-            alignas(64) S sum[kMR * kNR<S>] = {};
+            alignas(64) S sum[kMR * kNR<S>];
             Tile<S> tile;
             for (int r = 0; r < kMR; ++r)
               tile.rows[r] = padded + chunk * chunks.samples * sample_image + g * shape.channels * shape.image +
@@ -155,6 +155,7 @@ void contract(const ConvArgs& args) {
             tile.columns = panels_of(chunk, segment, g) + panel_offset<S>(q, tile.samples * tile.places);
             tile.width = vectors * lanes<S>;
             tile.sum = sum;
+            tile.sum_step = kNR<S>;
             tile.squares = true;
             tile.carry = carry + index * kMR * kNR<S>;
             tile.first = segment == 0;

@@ -157,11 +157,14 @@ void contract(const LinearArgs& args) {
 
             const int height = static_cast<int>(min_of(kMR, args.rows - row));
             const S* const rows = row_panels + slot * layout.slot + p * chunk.samples * chunk.places * kMR;
+            S* const to = total + row * args.columns + column;
             // The tile's part of the result, on its way from memory while the tile is computed.
             for (int r = 0; r < height; ++r)
-              for (std::int64_t c = 0; c < count; c += lanes<S>)
-                __builtin_prefetch(total + (row + r) * args.columns + column + c, 1);
-            alignas(64) S sum[kMR * kNR<S>] = {};
+              for (std::int64_t c = 0; c < count; c += lanes<S>) __builtin_prefetch(to + r * args.columns + c, 1);
+            const bool in_place = !shape.squares && count == width;
+            alignas(64) S sum[kMR * kNR<S>];
+            if (!shape.squares && !in_place)
+              for (S& element : sum) element = 0;
             Tile<S> tile;
             for (int r = 0; r < kMR; ++r) tile.rows[r] = rows + r;
             tile.row_sample = chunk.places * kMR;
@@ -170,18 +173,17 @@ void contract(const LinearArgs& args) {
             tile.width = width;
             tile.samples = chunk.samples;
             tile.places = chunk.places;
-            tile.sum = sum;
+            tile.sum = in_place ? to : sum;
+            tile.sum_step = in_place ? args.columns : kNR<S>;
             tile.squares = shape.squares;
             tile.carry = shape.carried() ? carry + (row / kMR * column_panels + q) * kMR * kNR<S> : nullptr;
             tile.first = !shape.carried() || chunk.t == 0;
             tile.last = !shape.carried() || chunk.t + chunk.places == shape.places;
             run_tile(tile, height, vectors);
-            if (!tile.last) continue;
+            if (in_place || !tile.last) continue;
 
-            for (int r = 0; r < height; ++r) {
-              S* const to = total + (row + r) * args.columns + column;
-              for (std::int64_t c = 0; c < count; ++c) to[c] += sum[r * kNR<S> + c];
-            }
+            for (int r = 0; r < height; ++r)
+              for (std::int64_t c = 0; c < count; ++c) to[r * args.columns + c] += sum[r * kNR<S> + c];
           }
         }
       });

@@ -12,6 +12,7 @@ namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
 constexpr std::int64_t kRunElements = 16384;  // of consecutive lines that one thread takes at a time
+constexpr std::int64_t kRunLines = 64;        // at most, as they are summed in the compute type one after another
 
 template <class S>
 LIMPET_FORMULA math::Gate<Vector<S>> gate(const Vector<S>& z) {
@@ -140,7 +141,9 @@ struct Lines {
   explicit Lines(const GatedLateralArgs& args)
       : count(args.places == 1 ? args.samples : args.samples * args.channels),
         length(args.places == 1 ? args.channels : args.places),
-        each(length < kRunElements ? kRunElements / (length > 0 ? length : 1) : 1) {}
+        each(length * kRunLines <= kRunElements ? kRunLines
+             : length < kRunElements            ? kRunElements / length
+                                                : 1) {}
   std::int64_t runs() const { return (count + each - 1) / each; }
 
   // Calls body(run, first line, last line), the last one not included.

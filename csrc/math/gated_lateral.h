@@ -1,7 +1,6 @@
 // The gated lateral connection between two columns, per element: y = x g + h (1 - g), g = sigmoid(z).
 //
-// The exponential is that of a number at most 0, so that nothing overflows and g and 1 - g both keep their relative
-// precision. S: float or double; V: an S or a vector of them.
+// S: float or double; V: an S or a vector of them.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +14,7 @@ struct ExpConstants;
 template <>
 struct ExpConstants<float> {
   using Bits = std::uint32_t;
-  static constexpr float least = -86.5f;                // exp of what is below is taken for exp of this, 2.7e-38
+  static constexpr float largest = 86.5f;  // exp of what is beyond is taken for exp of this: 4e37, and 2.7e-38
   static constexpr float round = 12582912.0f + 127.0f;  // adding it leaves the exponent's bits of 2^n in the last ones
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;  // n times the upper part is exact
   static constexpr int mantissa_bits = 23, degree = 7;
@@ -23,7 +22,7 @@ struct ExpConstants<float> {
 template <>
 struct ExpConstants<double> {
   using Bits = std::uint64_t;
-  static constexpr double least = -708.0;
+  static constexpr double largest = 708.0;
   static constexpr double round = 6755399441055744.0 + 1023.0;
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
   static constexpr int mantissa_bits = 52, degree = 13;
@@ -49,13 +48,13 @@ LIMPET_FORMULA V exp_series(const V& x) {
   }
 }
 
-// exp(x) for x <= 0; NaN stays NaN.
+// exp(x), of the largest or the least number that has one in the normal range where x is beyond; NaN stays NaN.
 template <class S, class V, class Bits>
-LIMPET_FORMULA V exp_not_positive(const V& x) {
+LIMPET_FORMULA V exp_bounded(const V& x) {
   using C = ExpConstants<S>;
   constexpr S log2_e = static_cast<S>(1.44269504088896340736);
-  const V least = C::least + V{};
-  const V bounded = x < least ? least : x;
+  const V largest = C::largest + V{}, least = -largest;
+  const V above = x < least ? least : x, bounded = above > largest ? largest : above;
   const V shifted = bounded * log2_e + C::round;
   const V n = shifted - C::round;
   const V rest = (bounded - n * C::ln2_high) - n * C::ln2_low;
@@ -72,12 +71,12 @@ struct Gate {
   V open, closed;  // g and 1 - g
 };
 
+// Both keep their relative precision, however far the gate is open or closed.
 template <class S, class V, class Bits>
 LIMPET_FORMULA Gate<V> gate(const V& z) {
-  const V zero{};
-  const V e = exp_not_positive<S, V, Bits>(z < zero ? z : -z);
-  const V large = static_cast<S>(1) / (static_cast<S>(1) + e), small = e * large;
-  return {z < zero ? small : large, z < zero ? large : small};
+  const V e = exp_bounded<S, V, Bits>(-z);
+  const V open = static_cast<S>(1) / (static_cast<S>(1) + e);
+  return {open, e * open};
 }
 
 template <class V>

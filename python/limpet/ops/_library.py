@@ -33,15 +33,14 @@ def serve_by_triton(name: str, module: str, keys: Sequence[str] = ("CUDA", "XPU"
         return
     reference = DEFAULTS[name]
 
-    def launch(total: Tensor | Sequence[Tensor], *args: Any) -> None:
+    def launch(total: Tensor | Sequence[Tensor], *args: Any) -> Any:
         totals = [total] if isinstance(total, Tensor) else total
         if any(t.dtype == torch.float64 for t in totals):
-            reference(total, *args)
-            return
+            return reference(total, *args)
         launcher = getattr(importlib.import_module(module), name)
         device = totals[0].device
         with torch.get_device_module(device).device(device):  # triton launches on the current device
-            launcher(total, *args)
+            return launcher(total, *args)
 
     for key in keys:
         LIBRARY.impl(name, launch, key)

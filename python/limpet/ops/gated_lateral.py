@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from limpet import _checks, _core, _launch, reference
+from limpet._channels import add_input_grad_, aligned, map_channels, matrix, weight_grad
 from limpet.ops._library import LIBRARY, define, serve_by_triton
 
 # --- schemas, reference backend, fakes -------------------------------------------------------------------------------
@@ -20,7 +21,7 @@ from limpet.ops._library import LIBRARY, define, serve_by_triton
 def _forward_default(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(_aligned(x, h, channel_dim)[0])
+    y = torch.empty_like(aligned(x, h, channel_dim)[0])
     y.copy_(reference.gated_lateral(x, h, weight, bias, channel_dim))
     if not keep_product:
         return y, x.new_empty(0)
@@ -30,7 +31,7 @@ def _forward_default(
 def _forward_fake(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
 ) -> tuple[Tensor, Tensor]:
-    y = torch.empty_like(_aligned(x, h, channel_dim)[0])
+    y = torch.empty_like(aligned(x, h, channel_dim)[0])
     return y, torch.empty_like(y) if keep_product else x.new_empty(0)
 
 
@@ -72,51 +73,23 @@ _forward = torch.ops.limpet.gated_lateral.default
 _backward = torch.ops.limpet.gated_lateral_backward.default
 
 
-# --- layout ----------------------------------------------------------------------------------------------------------
-
-_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+# --- CPU -------------------------------------------------------------------------------------------------------------
 
 
-def _aligned(x: Tensor, h: Tensor, channel_dim: int) -> tuple[Tensor, Tensor, bool]:
-    """Both without gaps and in one order in memory, and whether the channels come last there."""
-    if channel_dim == -1:
-        return x.contiguous(), h.contiguous(), True
-    channels_last = _CHANNELS_LAST.get(h.dim())
-    if channels_last and not h.is_contiguous() and h.is_contiguous(memory_format=channels_last):
-        return x.contiguous(memory_format=channels_last), h, True
-    return x.contiguous(), h.contiguous(), h.dim() == 2
-
-
-def _matrix(value: Tensor, channel_dim: int, last: bool) -> Tensor:  # -> [rows, H], or [N, H, places]; a view
-    if not last:
-        return value.view(*value.shape[:2], -1) if value.numel() else value.flatten(2)
-    if channel_dim == 1 and value.dim() > 2:
-        value = value.movedim(1, -1)
-    return value if value.dim() == 2 else value.view(value.shape[:-1].numel(), value.shape[-1])
-
-
-def _sizes(matrix: Tensor) -> tuple[int, int, int]:
+def _sizes(matrix: Tensor) -> tuple[int, int, int]:  # [rows, H] or [N, H, P]
     """Samples, channels and places as the core counts them."""
     shape = matrix.shape
     return (shape[0], shape[1], 1) if len(shape) == 2 else (shape[0], shape[1], shape[2])
 
 
-# --- CPU -------------------------------------------------------------------------------------------------------------
-
-# Products are written where they are told to: autocast leaves those alone.
-
-
 def _forward_cpu(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
 ) -> tuple[Tensor, Tensor]:
-    x, h, last = _aligned(x, h, channel_dim)
+    x, h, last = aligned(x, h, channel_dim)
     y = torch.empty_like(x)
     product = torch.empty_like(x) if keep_product else y  # the pass may write y where it reads the product
-    inputs, out = _matrix(h, channel_dim, last), _matrix(product, channel_dim, last)
-    if last:
-        torch.mm(inputs, weight.t(), out=out)
-    else:
-        torch.bmm(weight.expand(inputs.shape[0], *weight.shape), inputs, out=out)
+    inputs = matrix(h, channel_dim, last)
+    map_channels(inputs, weight, matrix(product, channel_dim, last))
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     _core.gated_lateral(
@@ -142,16 +115,15 @@ def _backward_cpu(
     channel_dim: int,
     wanted: Sequence[bool],
 ) -> list[Tensor | None]:
-    x, h, last = _aligned(x, h, channel_dim)
-    grad, _, _ = _aligned(grad, h, channel_dim)
+    x, h, last = aligned(x, h, channel_dim)
+    grad, _, _ = aligned(grad, h, channel_dim)
     if bias is not None and not bias.is_contiguous():
         bias = bias.contiguous()
     want_x, want_h, want_weight, want_bias = wanted
-    inputs = _matrix(h, channel_dim, last)
+    inputs = matrix(h, channel_dim, last)
     sizes = _sizes(inputs)
     x_grad = torch.empty_like(x) if want_x else None
     h_grad = torch.empty_like(x) if want_h else None
-    weight_grad = weight.new_empty(weight.shape) if want_weight else None
     bias_grad = weight.new_empty(weight.shape[:1]) if want_bias else None
     logit_grad = torch.empty_like(x) if want_h or want_weight else None
     workspace = _launch.workspace(_core.gated_lateral_workspace(sizes), x.device) if want_bias else None
@@ -170,38 +142,18 @@ def _backward_cpu(
         0 if workspace is None else workspace.data_ptr(),
         _launch.threads(),
     )
+    products = None
     if logit_grad is not None:
-        outputs = _matrix(logit_grad, channel_dim, last)
+        outputs = matrix(logit_grad, channel_dim, last)
         if h_grad is not None:
-            _add_product_(_matrix(h_grad, channel_dim, last), outputs, weight)
-        if weight_grad is not None:
-            _weight_grad(weight_grad, outputs, inputs)
-    return [x_grad, h_grad, weight_grad, bias_grad]
+            add_input_grad_(matrix(h_grad, channel_dim, last), outputs, weight)
+        if want_weight:
+            products = weight_grad(outputs, inputs)
+    return [x_grad, h_grad, products, bias_grad]
 
 
 def _backward_op_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
     return [grad.new_empty(0) if g is None else g for g in _backward_cpu(grad, *arguments)]
-
-
-def _add_product_(total: Tensor, logit_grad: Tensor, weight: Tensor) -> None:  # [rows, H] or [N, H, P]; [H, H]
-    """Add what the gate's logits pass on to ``h``."""
-    if total.dim() == 2:
-        torch.addmm(total, logit_grad, weight, out=total)
-    else:
-        torch.baddbmm(total, weight.t().expand(total.shape[0], *weight.shape), logit_grad, out=total)
-
-
-def _weight_grad(total: Tensor, logit_grad: Tensor, h: Tensor) -> None:  # [H, H], written; [rows, H] or [N, H, P]
-    if h.dim() == 2:
-        torch.mm(logit_grad.t(), h, out=total)
-        return
-    if h.numel() == 0:
-        total.zero_()
-        return
-    # The convolution's own kernel: faster than products sample by sample, and than copies with the channels last.
-    convolution = [1], [0], [1], False, [0], 1, [False, True, False]
-    filters = total.unsqueeze(2)
-    total.copy_(torch.ops.aten.convolution_backward(logit_grad, h, filters, None, *convolution)[1].squeeze(2))
 
 
 LIBRARY.impl("gated_lateral", torch.no_grad()(_forward_cpu), "CPU")
@@ -217,7 +169,7 @@ def _gradients(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
     """The gradients at ``x``, ``h``, ``weight`` and ``bias``, those that are wanted."""
     x, h, weight, bias, product = ctx.saved_tensors
     wanted = ctx.needs_input_grad[:4]
-    if torch.is_grad_enabled() or _transformed():
+    if torch.is_grad_enabled() or _transformed(grad):
         # A graph of the gradient itself was asked for: the reference is plain torch, and differentiable again.
         product = reference.gate_product(h, weight, ctx.channel_dim)
         grads = reference.gated_lateral_backward(grad, x, h, weight, bias, product, ctx.channel_dim)
@@ -294,15 +246,14 @@ def _plain(*tensors: Tensor | None) -> bool:
     """Whether the core may be called past the dispatcher, which costs as much as a small pass."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # whose tensors look plain
         return False
-    for t in tensors:
-        if t is not None and (type(t) not in _PLAIN or not t.is_cpu):
-            return False
-    return True
+    return all(t is None or (type(t) in _PLAIN and t.is_cpu) for t in tensors)
 
 
-def _transformed() -> bool:
-    """Whether tensors may be those of ``torch.func``."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def _transformed(grad: Tensor) -> bool:
+    """Whether a gradient may be one of ``torch.func``'s, or many (``is_grads_batched``)."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(grad)
 
 
 # --- validation ------------------------------------------------------------------------------------------------------

@@ -45,13 +45,13 @@ def gated_lateral_backward(
     d = grad.to(gate.dtype)
     logit_grad = d * (wide_x - wide_h) * gate * (1 - gate)
     narrow = logit_grad.to(x.dtype)  # what is multiplied by matrices
-    rows, inputs = (t.movedim(channel_dim, -1).reshape(-1, weight.shape[0]) for t in (narrow, h))
+    rows, inputs, unrounded = (_rows(t, channel_dim) for t in (narrow, h, logit_grad))
     through_gate = gate_product(narrow, weight.T, channel_dim).to(gate.dtype)
     return (
         (d * gate).to(x.dtype),
         (d * (1 - gate) + through_gate).to(x.dtype),
         rows.T @ inputs,
-        logit_grad.movedim(channel_dim, -1).flatten(0, -2).sum(dim=0).to(x.dtype),
+        unrounded.sum(dim=0).to(x.dtype),
     )
 
 
@@ -86,3 +86,8 @@ def _wide(
     if bias is not None:
         logits = logits + bias.to(dtype)
     return torch.sigmoid(logits).movedim(-1, channel_dim), x.to(dtype), h.to(dtype)
+
+
+def _rows(value: Tensor, channel_dim: int) -> Tensor:  # [*, H] or [N, H, *] -> [rows, H]
+    value = value.movedim(channel_dim, -1)
+    return value.reshape(value.shape[:-1].numel(), value.shape[-1])
