@@ -13,3 +13,9 @@ def _seeded():
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def one_thread(_seeded):
+    """For networks so small that threads only wait for each other."""
+    torch.set_num_threads(1)

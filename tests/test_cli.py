@@ -68,6 +68,14 @@ def test_replay_options_reach_the_methods():
     assert [(buffer.capacity, buffer.seed) for buffer in buffers] == [(70, 2**63 - 1)] * 3
 
 
+def test_run_with_a_progressive_network_forgets_nothing(tmp_path):
+    assert cli.main([*QUICK, "--methods", "progressive", "--iterations", "3", "--report", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())["methods"]["progressive"]
+    assert result["bwt"] == result["forgetting"] == 0.0
+    assert result["fwt"] is None
+    assert result["task_parameters"] == sorted(set(result["task_parameters"]))
+
+
 def test_run_with_several_seeds_shows_means(tmp_path, capsys):
     arguments = ["--iterations", "2", "--fisher-labels", "expected", "--seed", "4", "--seeds", "2", "--shuffle-classes"]
     assert cli.main([*QUICK, *arguments, "--report", str(tmp_path)]) == 0
@@ -132,6 +140,7 @@ def test_defaults_are_the_demo():
         (["--methods", "der", "--alpha", "-1"], "alpha must be finite and at least 0"),
         (["--methods", "der++", "--beta", "nan"], "beta must be finite"),
         (["--methods", "der", "--setting", "class"], "der compares logits, and needs --all-outputs"),
+        (["--methods", "progressive", "--setting", "class"], "needs --setting task, got 'class'"),
         (["--report", __file__], "--report must name a folder"),
     ],
 )

@@ -56,6 +56,18 @@ def test_the_methods_of_replay_run():
         exec(compile(block, str(REPLAY), "exec"), scope)
 
 
+def test_the_page_on_progressive_networks_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope: dict[str, object] = {}
+    blocks = re.findall(
+        r"```python\n(.*?)```", (README.parent / "docs" / "progressive.md").read_text(), flags=re.DOTALL
+    )
+    for block in blocks:
+        exec(compile(block, "progressive.md", "exec"), scope)
+    assert (tmp_path / "feeds.png").exists()
+    assert scope["net"].tasks == ["digits", "letters", "signs"]
+
+
 def test_the_readme_shows_the_two_commands():
     text = README.read_text()
     assert "make demo" in text

@@ -26,7 +26,8 @@ def finished(setting="task"):
         matrix.record([0.9, unseen])
         matrix.record([kept, 1.0])
         curve = [(0.5, [0.7, unseen]), (1.0, [0.9, unseen]), (1.5, [0.6, 0.8]), (2.0, [kept, 1.0])]
-        results.append(MethodResult(name, matrix, curve, 1.5, 0.25, 0.125, 3_000_000, 42, seed=7))
+        results.append(MethodResult(name, matrix, curve, 1.5, 0.25, 0.125, 3_000_000, 42, 7))
+        results[-1].task_parameters, results[-1].task_seconds = [40, 1042], [1.0, 0.5]
     return stream, Training(seed=7), results
 
 
@@ -34,7 +35,7 @@ def test_numbers_and_pictures_are_there(tmp_path):
     folder = tmp_path / "deep" / "report"
     write_report(folder, *finished(), arguments={"epochs": 3})
     pictures = [f"accuracy-{kind}-{name}.png" for kind in ("curves", "matrix") for name in ("ewc", "finetune")]
-    pictures.append("average-accuracy.png")
+    pictures += ["average-accuracy.png", "parameters-and-seconds.png"]
     assert sorted(path.name for path in folder.iterdir()) == [*pictures, "report.md", "results.json"]
     assert [path.name for path in folder.parent.iterdir()] == ["report"]  # no temporary folder is left
 
@@ -53,10 +54,13 @@ def test_numbers_and_pictures_are_there(tmp_path):
     (run,) = ewc["runs"]
     assert run["seed"] == 7
     assert run["average_accuracy"] == 0.9375
+    assert ewc["task_parameters"] == [40, 1042]
+    assert ewc["task_seconds"] == run["task_seconds"] == [1.0, 0.5]
     assert run["curve"][-1] == {"tasks_trained": 2.0, "accuracies": [0.875, 1.0]}
 
     text = (folder / "report.md").read_text()
     assert "| ewc | 0.9375 | -0.0250 | +0.2500 | 0.0250 | 1.5 | 0.2 | 3.0 |" in text
+    assert "| 2/3 | 0.8750 | 1.0000 | 1,042 | 0.5 |" in text
     assert "task-incremental: the task is known at test time" in text
     assert sorted(re.findall(r"\]\((.*\.png)\)", text)) == pictures
     for name in pictures:

@@ -14,6 +14,7 @@ import torch
 import limpet
 from limpet import cli
 from limpet.scenarios import datasets, report, runner, streams
+from limpet.scenarios.models import MultiHeadMLP, ProgressiveMLP
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,7 @@ class Recorder:
         self.calls = []
 
     def __getattr__(self, name):
-        if name == "penalty":
+        if name in ("penalty", "network"):
             raise AttributeError(name)
 
         def moment(*args):
@@ -87,6 +88,60 @@ def test_what_is_observed_can_be_replayed(small, setting):
         assert [heads.unique().tolist() for (_, heads), _, _ in (first, last)] == [[0], [1]]
         models[0].select(0)
         assert torch.equal(models[0](*first[0]), models[0](first[0][0]))
+
+
+def test_a_progressive_network_takes_the_place_of_the_model_and_forgets_nothing(small):
+    stream = streams.split(small, num_tasks=5, batch_size=100)
+    training = runner.Training(epochs=1, seed=3, evaluations_per_task=2)
+    (result,) = runner.run(stream, {"progressive": ProgressiveMLP.beside}, training)
+    values = result.matrix.values
+    for task in range(5):
+        assert values[:task, task].isnan().all()  # there is no column yet
+        assert (values[task:, task] == values[task, task]).all()
+    assert result.matrix.bwt() == result.matrix.forgetting() == 0.0
+    assert math.isnan(result.matrix.fwt())
+    layers = 784 * 400 + 400 + 400 * 400 + 400 + 400 * 2 + 2
+    lateral = [0, *(k * (2 * 400 * 400 + 2) + 400 * 400 + 400 * 2 for k in range(1, 5))]
+    grown = [layers + added for added in lateral]
+    assert result.task_parameters == [sum(grown[: k + 1]) for k in range(5)]
+    assert result.num_parameters == sum(grown)
+    assert sum(result.task_seconds) == pytest.approx(result.training_seconds)
+
+
+def test_the_optimizer_keeps_the_state_of_what_stays(small):
+    class Growing:
+        """Adds a parameter in the second task, and freezes one."""
+
+        def __init__(self, model):
+            self.model, self.calls = model, 0
+
+        def begin_task(self, task):
+            if task.index == 1:
+                self.model.extra = torch.nn.Parameter(torch.ones(3))
+                self.model.heads[0].requires_grad_(False)
+
+        def add_penalty_grad_(self):
+            if hasattr(self.model, "extra"):
+                self.model.extra.grad = torch.ones(3)
+
+    stream = streams.split(small, num_tasks=2, batch_size=500)
+    learner = runner._Learner(
+        "growing",
+        stream,
+        model := MultiHeadMLP(784, [5, 5], [3]),
+        Growing(model),
+        runner.Training(epochs=1),
+        runner._Clock(8, None),
+    )
+    first = model.shared[1].weight
+    learner.learn()
+    steps = {
+        name: learner._optimizer.state[p]["step"].item() for name, p in model.named_parameters() if p.requires_grad
+    }
+    batches = len(stream.tasks[0].train_batches), len(stream.tasks[1].train_batches)
+    assert learner._optimizer.state[first]["step"] == sum(batches)
+    assert steps["extra"] == batches[1]
+    assert "heads.0.weight" not in steps
 
 
 def test_methods_see_the_same_start_and_data_and_runs_repeat(small):
@@ -221,6 +276,7 @@ def test_report(small, tmp_path):
         "report.md",
         "results.json",
         "average-accuracy.png",
+        "parameters-and-seconds.png",
         "accuracy-matrix-finetune.png",
         "accuracy-curves-finetune.png",
     }
@@ -281,7 +337,7 @@ def test_info_command(capsys):
         (["run", "--device", "cuda:99"], 1, "--device must name a device that answers, got 'cuda:99'"),
         (["run", "--epochs", "0"], 1, "epochs must be at least 1, got 0"),
         (["run", "--strength", "-1"], 1, "strength must be finite and at least 0, got -1.0"),
-        (["run", "--methods", "ewc,magic"], 2, "each once, got 'ewc,magic'"),
+        (["run", "--methods", "ewc,magic"], 2, f"expected some of {','.join(cli.METHODS)}, each once, got 'ewc,magic'"),
         ([], 2, "COMMAND"),
     ],
 )

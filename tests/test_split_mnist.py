@@ -6,6 +6,8 @@ import os
 import pytest
 
 from limpet import cli
+from limpet.scenarios import datasets, runner, streams
+from limpet.scenarios.models import ProgressiveMLP
 
 FULL = os.environ.get("LIMPET_DATA")
 
@@ -48,3 +50,23 @@ def test_replay_keeps_classes_as_published(method, tmp_path):
     assert cli.main(["run", *arguments, *options, "--methods", method, "--report", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "results.json").read_text())["methods"][method]
     assert result["average_accuracy"] >= 0.878
+
+
+class Separate(ProgressiveMLP):
+    """A network for each task: columns that read nothing."""
+
+    def begin_task(self, task):
+        super().begin_task(task)
+        column = self.columns.columns[-1]
+        column.prune(column.pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_progressive_networks_are_as_good_as_separate_ones():
+    dataset = datasets.load("mnist-subset") if FULL is None else datasets.load("mnist", FULL)
+    methods = {"progressive": ProgressiveMLP.beside, "separate": Separate.beside}
+    training = runner.Training(iterations=500, evaluations_per_task=1)
+    progressive, separate = (result.matrix for result in runner.run(streams.split(dataset), methods, training))
+    assert progressive.average_accuracy() >= separate.average_accuracy() - 0.003
+    assert progressive.forgetting() == separate.forgetting() == 0.0

@@ -3,7 +3,8 @@
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
 ['AccuracyMatrix', 'Composite', 'DarkReplay', 'DiagonalFisher', 'EWC', 'FisherAccumulator', 'Hybrid',
- 'MemoryAwareSynapses', 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence', 'diagonal_fisher',
+ 'MemoryAwareSynapses', 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer', 'SynapticIntelligence',
+ 'diagonal_fisher',
  'ops', 'optim', 'suggest_strength']
 """
 
@@ -16,6 +17,7 @@ from limpet.methods import (
     DarkReplay,
     Hybrid,
     MemoryAwareSynapses,
+    ProgressiveNetwork,
     Replay,
     RWalk,
     SynapticIntelligence,
@@ -34,6 +36,7 @@ __all__ = [
     "FisherAccumulator",
     "Hybrid",
     "MemoryAwareSynapses",
+    "ProgressiveNetwork",
     "RWalk",
     "Replay",
     "ReservoirBuffer",

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from limpet.scenarios.runner import MethodResult, Progress
     from limpet.scenarios.streams import Stream
 
-METHODS = ("finetune", "ewc", "si", "replay", "der", "der++", "replay-ewc", "replay-si")
+METHODS = ("finetune", "ewc", "si", "replay", "der", "der++", "replay-ewc", "replay-si", "progressive")
 FISHER_LABELS = ("data", "sampled", "expected", "batched")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -159,6 +159,8 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
     """What makes a method for a network; its options are checked before another method has been trained."""
     if name == "finetune":
         return lambda model: None
+    if name == "progressive":
+        return _progressive(options.setting)
     from limpet import Hybrid
 
     make, *others = [_part(part, options) for part in name.split("-")]
@@ -208,6 +210,15 @@ def _replay(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any
         raise ValueError(f"{name} compares logits, and needs --all-outputs in the class-incremental setting")
     dark(torch.nn.Identity())
     return dark
+
+
+def _progressive(setting: str) -> Callable[[nn.Module], Any]:
+    """What makes a progressive network, of columns as wide as a network's layers, and as the method that grows it."""
+    if setting != "task":
+        raise ValueError(f"progressive has a column for each task, and needs --setting task, got {setting!r}")
+    from limpet.scenarios.models import ProgressiveMLP
+
+    return lambda model: ProgressiveMLP.beside(model)
 
 
 def _ewc(ewc: EWC, labels: str) -> Any:

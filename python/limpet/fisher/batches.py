@@ -41,7 +41,7 @@ class Batch:
                 return t
             return t[samples] if isinstance(samples, slice) else t[samples.to(t.device)]
 
-        return _map(pick, tree)
+        return mapped(pick, tree)
 
     def _by_sample(self, tensor: Tensor) -> bool:
         return tensor.dim() > 0 and tensor.shape[0] == self.size and id(tensor) not in self.shared
@@ -107,19 +107,12 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
     return known if max_samples is None else min(known, max_samples)
 
 
-def outputs_of(model: nn.Module, inputs: Any) -> Any:
-    """What the model gives for a tensor, a tuple of arguments or a mapping of them."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
-
-
 def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  # [N, K]
     """The model's losses for each sample, checked."""
     inputs = batch.inputs
     device = next(model.parameters()).device
     random_state = _random_state(device)
-    outputs = outputs_of(model, inputs)
+    outputs = call(model, inputs)
     if not all(map(torch.equal, random_state, _random_state(device))):
         raise RuntimeError(
             "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
@@ -132,6 +125,15 @@ def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  
         n, k = (int(i) for i in bad[0])
         raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
     return losses
+
+
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Call a model: a mapping gives keyword arguments, a tuple or list positional ones, anything else is the one."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, (tuple, list)):
+        return model(*inputs)
+    return model(inputs)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -151,12 +153,13 @@ def tensors(tree: Any) -> Iterator[Tensor]:
             yield from tensors(value)
 
 
-def _map(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """A structure of mappings, tuples and lists with a function's values in its tensors' places."""
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {key: _map(function, value) for key, value in tree.items()}
+        return {key: mapped(function, value) for key, value in tree.items()}
     if isinstance(tree, (tuple, list)):
-        values = [_map(function, value) for value in tree]
+        values = [mapped(function, value) for value in tree]
         return type(tree)(*values) if hasattr(tree, "_fields") else type(tree)(values)
     return tree

@@ -5,6 +5,7 @@ from limpet.methods.dark_replay import DarkReplay
 from limpet.methods.ewc import EWC
 from limpet.methods.hybrid import Hybrid
 from limpet.methods.memory_aware_synapses import MemoryAwareSynapses
+from limpet.methods.progressive import ProgressiveNetwork
 from limpet.methods.replay import Replay
 from limpet.methods.rwalk import RWalk
 from limpet.methods.synaptic_intelligence import SynapticIntelligence
@@ -15,6 +16,7 @@ __all__ = [
     "DarkReplay",
     "Hybrid",
     "MemoryAwareSynapses",
+    "ProgressiveNetwork",
     "RWalk",
     "Replay",
     "SynapticIntelligence",

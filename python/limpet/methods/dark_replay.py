@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from limpet import _checks
 from limpet.buffers import ReservoirBuffer
 from limpet.buffers.base import Buffer
-from limpet.fisher.batches import outputs_of
+from limpet.fisher.batches import call
 
 
 class DarkReplay:
@@ -146,4 +146,4 @@ class DarkReplay:
         x, y, logits = self.buffer.sample(min(self.batch_size, len(self.buffer)))
         if self._transform is not None:
             x, y = self._transform(x, y)
-        return outputs_of(self.model, x), y, logits
+        return call(self.model, x), y, logits

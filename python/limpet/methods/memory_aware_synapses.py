@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from limpet import _checks
 from limpet.fisher import batches as batch_reading
-from limpet.fisher.batches import Batch, outputs_of
+from limpet.fisher.batches import Batch, call
 from limpet.methods import shards
 from limpet.methods.quadratic import QuadraticRegularizer, evaluating
 from limpet.methods.storage import NARROW_KEYS, Storage, latest
@@ -122,7 +122,7 @@ class MemoryAwareSynapses(QuadraticRegularizer):
         """Add the absolute gradient of the squared norm of one sample's output."""
         inputs = batch.take(slice(n, n + 1)).inputs
         with torch.enable_grad():
-            outputs = outputs_of(self.model, inputs)
+            outputs = call(self.model, inputs)
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"the model's output must be a tensor, got {_checks.describe(outputs)}")
             norm = outputs.square().sum()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limpet import _checks
+from limpet.methods import ProgressiveNetwork
 
 
 class MultiHeadMLP(nn.Module):
@@ -40,13 +42,16 @@ class MultiHeadMLP(nn.Module):
             raise ValueError(f"heads must name at least one head, got {_checks.describe(heads)}")
         widths = [_checks.integer("num_inputs", num_inputs, minimum=1)]
         widths += [_checks.integer(f"hidden[{i}]", width, minimum=1) for i, width in enumerate(hidden)]
-        layers: list[nn.Module] = [nn.Flatten()]
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-        self.shared = nn.Sequential(*layers)
+        self.widths = tuple(widths)
+        self.shared = _shared_layers(widths)
         self._head_widths = [_checks.integer(f"heads[{i}]", width, minimum=1) for i, width in enumerate(heads)]
         self.heads = nn.ModuleList(nn.Linear(widths[-1], width) for width in self._head_widths)
         self.select(0)
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads can be asked."""
+        return len(self.heads)
 
     def select(self, head: int, outputs: int | None = None) -> None:
         """Let one head answer from now on, with its first ``outputs`` outputs (all, when not given).
@@ -80,3 +85,75 @@ class MultiHeadMLP(nn.Module):
             return every[torch.arange(len(heads), device=heads.device), heads]
         logits: Tensor = self.heads[self.head](hidden)
         return logits if self.outputs == self._head_widths[self.head] else logits[:, : self.outputs]
+
+
+class ProgressiveMLP(nn.Module):
+    """A :class:`limpet.ProgressiveNetwork` of perceptrons in the place of a :class:`MultiHeadMLP`.
+
+    Each head is a column with layers of its own, made when its task begins. It is a method for the runner, too, and
+    brings itself as the network to be trained.
+
+    Args:
+        num_inputs: values in one input, after flattening.
+        hidden: the width of each of a column's ReLU layers.
+        lateral: as for :class:`limpet.ProgressiveNetwork`.
+
+    >>> import torch
+    >>> from types import SimpleNamespace
+    >>> model = ProgressiveMLP(4, hidden=[8])
+    >>> model.begin_task(SimpleNamespace(head=0, outputs=2))
+    >>> model(torch.zeros(5, 1, 2, 2)).shape
+    torch.Size([5, 2])
+    """
+
+    def __init__(self, num_inputs: int, hidden: Sequence[int] = (400, 400), *, lateral: str = "adapter") -> None:
+        super().__init__()
+        widths = [num_inputs, *hidden]
+
+        def column(outputs: int) -> nn.Module:
+            return nn.Sequential(*_shared_layers(widths), nn.Linear(widths[-1], outputs))
+
+        self.columns = ProgressiveNetwork(column, lateral=lateral)
+        self.head = 0
+
+    @classmethod
+    def beside(cls, model: Any) -> ProgressiveMLP:
+        """Columns whose layers are as wide as a :class:`MultiHeadMLP`'s, where that is."""
+        num_inputs, *hidden = model.widths
+        return cls(num_inputs, hidden).to(next(model.parameters()).device)
+
+    @property
+    def network(self) -> ProgressiveMLP:
+        """What the runner is to train: this."""
+        return self
+
+    @property
+    def num_heads(self) -> int:
+        """How many heads can be asked: one for each task that has begun."""
+        return len(self.columns.tasks)
+
+    def select(self, head: int, outputs: int | None = None) -> None:
+        """Let one head answer from now on, with all its outputs."""
+        self.head = head
+
+    def begin_task(self, task: Any) -> None:
+        """Add a column for ``task.head``, with ``task.outputs`` outputs."""
+        self.columns.add_column(task.head, outputs=task.outputs)
+        self.select(task.head)
+
+    def end_task(self, batches: Any = None) -> None:
+        """Freeze the column."""
+        self.columns.freeze()
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, *], * flattens to num_inputs -> [N, outputs]
+        """The outputs of the selected head."""
+        logits: Tensor = self.columns(x, self.head)
+        return logits
+
+
+def _shared_layers(widths: Sequence[int]) -> nn.Sequential:
+    """Linear layers with ReLU behind each, over flattened inputs."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers)

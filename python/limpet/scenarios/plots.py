@@ -1,4 +1,4 @@
-"""Pictures of a run: all methods' average accuracy, a method's matrix as a heat map, its accuracies over time."""
+"""Pictures of a run: accuracy, parameters and seconds of all methods; a method's matrix, its accuracies over time."""
 
 from __future__ import annotations
 
@@ -106,6 +106,30 @@ def average_accuracy(path: Path, stream: Stream, methods: Mapping[str, Sequence[
     number = max(map(len, methods.values()))
     seeds = "" if number == 1 else f", mean and standard error of {number} seeds"
     axes.set_title(f"average accuracy{seeds}\n{stream.name}, {stream.setting}-incremental", loc="left")
+    figure.savefig(path, format="png")
+
+
+def parameters_and_seconds(path: Path, stream: Stream, methods: Mapping[str, Sequence[MethodResult]]) -> None:
+    """Draw how many parameters each method's network has while a task is learned, and the mean seconds it takes.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+    """
+    figure, panels = new_figure(6.4, 4.8, rows=2)
+    tasks = range(1, len(stream.tasks) + 1)
+    for (name, runs), color in zip(methods.items(), itertools.cycle(_COLORS)):
+        style: Any = {"color": color, "linewidth": 1.8, "marker": "o", "markersize": 4, "label": name}
+        panels[0].plot(tasks, [number / 1e6 for number in runs[0].task_parameters], **style)
+        panels[1].plot(tasks, np.mean([run.task_seconds for run in runs], axis=0), **style)
+    for axes, label in zip(panels, ("million parameters", "training seconds"), strict=True):
+        axes.set_xticks(tasks, [task.name for task in stream.tasks])
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(label)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", color="#eeeeee")
+    panels[1].set_xlabel("while learning task")
+    panels[0].legend(frameon=False)
+    panels[0].set_title(f"parameters and seconds over tasks\n{stream.name}, {stream.setting}-incremental", loc="left")
     figure.savefig(path, format="png")
 
 

@@ -30,6 +30,7 @@ _SETTINGS = {
 
 _METRICS = {"average_accuracy": ".4f", "bwt": "+.4f", "fwt": "+.4f", "forgetting": ".4f"}  # and their format
 _ALL_METHODS = "average-accuracy.png"
+_GROWTH = "parameters-and-seconds.png"
 
 
 def write_report(
@@ -61,6 +62,7 @@ def write_report(
     try:
         methods, pictures = seeds.by_method(results), {}
         plots.average_accuracy(temporary / _ALL_METHODS, stream, methods)
+        plots.parameters_and_seconds(temporary / _GROWTH, stream, methods)
         for name, runs in methods.items():
             names = [f"accuracy-matrix-{name}.png", f"accuracy-curves-{name}.png"]
             plots.accuracy_matrix(temporary / names[0], stream, seeds.mean(runs))
@@ -69,7 +71,7 @@ def write_report(
         (temporary / "report.md").write_text(_markdown(numbers, pictures), encoding="utf-8")
         text = json.dumps(numbers, indent=2, allow_nan=False) + "\n"
         (temporary / "results.json").write_text(text, encoding="utf-8")
-        drawn = [_ALL_METHODS, *itertools.chain.from_iterable(pictures.values())]
+        drawn = [_ALL_METHODS, _GROWTH, *itertools.chain.from_iterable(pictures.values())]
         for name in [*drawn, "report.md", "results.json"]:
             os.replace(temporary / name, folder / name)
     finally:
@@ -122,6 +124,8 @@ def _method_numbers(runs: Sequence[MethodResult]) -> dict[str, Any]:
         **{name: getattr(mean, name) for name in SECONDS},
         "peak_memory_bytes": mean.peak_memory_bytes,
         "num_parameters": mean.num_parameters,
+        "task_parameters": mean.task_parameters,
+        "task_seconds": mean.task_seconds,
         "runs": [_run_numbers(run) for run in runs],
     }
 
@@ -137,6 +141,7 @@ def _run_numbers(run: MethodResult) -> dict[str, Any]:
         "baseline": None if baseline is None else [_number(value) for value in baseline.tolist()],
         "curve": [{"tasks_trained": at, "accuracies": [_number(value) for value in row]} for at, row in run.curve],
         **{name: getattr(run, name) for name in SECONDS},
+        "task_seconds": run.task_seconds,
         "peak_memory_bytes": run.peak_memory_bytes,
     }
 
@@ -186,13 +191,16 @@ def _markdown(numbers: dict[str, Any], pictures: Mapping[str, Sequence[str]]) ->
         *(["Over several seeds: mean ± standard error; the largest peak memory."] if len(numbers["seeds"]) > 1 else []),
         "",
         f"![average accuracy over tasks]({_ALL_METHODS})",
+        f"![parameters and seconds over tasks]({_GROWTH})",
     ]
     header = "".join(f" {task['name']} |" for task in stream["tasks"])
     for name, method in numbers["methods"].items():
-        lines += ["", f"## {name}", "", f"| after learning \\ accuracy on |{header}"]
-        lines += ["|---|" + "---:|" * len(stream["tasks"])]
-        for task, row in zip(stream["tasks"], method["accuracy_matrix"], strict=True):
-            lines.append(f"| {task['name']} |" + "".join(f" {_format(value, '.4f')} |" for value in row))
+        lines += ["", f"## {name}", "", f"| after learning \\ accuracy on |{header} parameters | training s |"]
+        lines += ["|---|" + "---:|" * (len(stream["tasks"]) + 2)]
+        costs = zip(method["task_parameters"], method["task_seconds"], strict=True)
+        for task, row, (parameters, seconds) in zip(stream["tasks"], method["accuracy_matrix"], costs, strict=True):
+            cells = [_format(value, ".4f") for value in row] + [f"{parameters:,}", f"{seconds:.1f}"]
+            lines.append(f"| {task['name']} | {' | '.join(cells)} |")
         lines += ["", *(f"![{picture.removesuffix('.png')}]({picture})" for picture in pictures[name])]
     machine = environment["machine"]
     lines += [

@@ -3,7 +3,8 @@
 A method is any object with some of the moments below, or None for plain fine-tuning; the loop calls those it has:
 ``begin_task(task)``, ``mix(x, y)``, ``penalty()`` or ``add_penalty_grad_()``, ``project_grads_()``, ``after_step()``,
 ``observe(x, y, outputs)``, ``end_task(batches)``. A method that mixes or observes may replay items of several tasks:
-where each task has a head of its own, ``x`` is to it the pair of images and the head of each.
+where each task has a head of its own, ``x`` is to it the pair of images and the head of each. A method may bring a
+``network`` that is to be trained in the model's place.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ _REPORTS_PER_EPOCH = 10
 @dataclass(frozen=True)
 class Training:
     """How every method is trained: Adam, cross-entropy, and one optimizer for the whole stream.
+
+    (Where a task brings other parameters to train, the optimizer takes them up and lets go of those that are frozen.)
 
     Raises:
         TypeError: a number is of the wrong type.
@@ -91,6 +94,8 @@ class MethodResult:
     num_parameters: int = 0
     seed: int = 0
     tasks: tuple[str, ...] = ()  # their names, in the order of learning
+    task_parameters: list[int] = field(default_factory=list)  # num_parameters while each task was learned
+    task_seconds: list[float] = field(default_factory=list)  # of training_seconds, each task's
 
 
 def run(
@@ -132,10 +137,12 @@ def run(
             torch.manual_seed(training.seed)
             with PeakMemory(stream.device) as peak:
                 model = MultiHeadMLP(stream.num_pixels, stream.heads).to(stream.device)
-                result = _Learner(name, stream, model, make_method(model), training, clock).learn()
+                method = make_method(model)
+                model = getattr(method, "network", model)
+                result = _Learner(name, stream, model, method, training, clock).learn()
             result.peak_memory_bytes = peak.bytes
             results.append(result)
-            del model
+            del model, method
     return results
 
 
@@ -160,7 +167,7 @@ class _Learner:
         self, name: str, stream: Stream, model: MultiHeadMLP, method: Any, training: Training, clock: _Clock
     ) -> None:
         self._stream, self._model, self._training, self._clock = stream, model, training, clock
-        self._optimizer = torch.optim.Adam(model.parameters(), lr=training.learning_rate)
+        self._optimizer: torch.optim.Optimizer  # made when the first task begins
         self._begin_task = getattr(method, "begin_task", None)
         self._mix = getattr(method, "mix", None)
         self._add_penalty_grad = getattr(method, "add_penalty_grad_", None)
@@ -173,9 +180,8 @@ class _Learner:
         # Nothing is learned yet: the accuracies are the baseline of forward transfer, where every task can be asked.
         baseline = evaluate(model, stream, learned=-1) if stream.setting != "class" else None
         matrix = AccuracyMatrix(len(stream.tasks), baseline=baseline)
-        num_parameters = sum(p.numel() for p in model.parameters())
         tasks = tuple(task.name for task in stream.tasks)
-        self.result = MethodResult(name, matrix, num_parameters=num_parameters, seed=training.seed, tasks=tasks)
+        self.result = MethodResult(name, matrix, seed=training.seed, tasks=tasks)
 
     def learn(self) -> MethodResult:
         """Learn every task, end it, and record the accuracies."""
@@ -183,12 +189,25 @@ class _Learner:
             self._model.select(task.head, task.outputs)
             if self._begin_task:
                 self._begin_task(task)
+            self._optimize_what_learns()
+            before = self.result.training_seconds
             self._train(task)
+            self.result.task_seconds.append(self.result.training_seconds - before)
             if self._end_task:
                 with self._timed("consolidation_seconds"):
                     self._end_task(task.batches(epoch=0, max_samples=self._training.consolidation_samples))
             self.result.matrix.record(self._evaluate(task, fraction=1.0))
         return self.result
+
+    def _optimize_what_learns(self) -> None:
+        """Make the optimizer anew where other parameters learn than before, with its state for those that stay."""
+        every = list(self._model.parameters())
+        self.result.num_parameters = sum(p.numel() for p in every)
+        self.result.task_parameters.append(self.result.num_parameters)
+        learning, old = [p for p in every if p.requires_grad], getattr(self, "_optimizer", None)
+        if old is None or {*map(id, learning)} != {*map(id, old.param_groups[0]["params"])}:
+            self._optimizer = torch.optim.Adam(learning, lr=self._training.learning_rate)
+            self._optimizer.state.update({p: old.state[p] for p in learning if old is not None and p in old.state})
 
     def _train(self, task: Task) -> None:
         """All steps of one task, with evaluations on the way."""
@@ -276,7 +295,10 @@ def evaluate(model: MultiHeadMLP, stream: Stream, *, learned: int) -> list[float
     model.eval()
     accuracies = [math.nan] * len(stream.tasks)
     for asked in stream.askable(learned):
-        model.select(*stream.outputs(learned, asked))
+        head, outputs = stream.outputs(learned, asked)
+        if head >= model.num_heads:
+            continue
+        model.select(head, outputs)
         batches = stream.tasks[asked].test_batches
         right = sum((model(x).argmax(1) == y).sum() for x, y in batches)
         accuracies[asked] = float(right) / batches.num_samples

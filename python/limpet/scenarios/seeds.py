@@ -95,6 +95,8 @@ def mean(runs: Sequence[MethodResult]) -> MethodResult:
         num_parameters=first.num_parameters,
         seed=first.seed,
         tasks=first.tasks,
+        task_parameters=first.task_parameters,
+        task_seconds=[statistics.fmean(same) for same in zip(*(run.task_seconds for run in runs), strict=True)],
         **seconds,
     )
 

@@ -1,0 +1,90 @@
+"""A training step of five columns: beside five plain columns forward and one backward, and beside its bare products."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from limpet import ProgressiveNetwork
+
+COLUMNS, WIDTH, BATCH, CLASSES = 5, 512, 128, 10
+
+
+def column():
+    layers = [part for _ in range(3) for part in (nn.Linear(WIDTH, WIDTH), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Linear(WIDTH, CLASSES))
+
+
+def network(lateral):
+    net = ProgressiveNetwork(column, lateral=lateral)
+    for task in range(COLUMNS):
+        net.add_column(task)
+        if task < COLUMNS - 1:
+            net.freeze()
+    return net
+
+
+def step(net, x, y):
+    def call():
+        for parameter in net.columns[-1].parameters():
+            parameter.grad = None
+        F.cross_entropy(net(x, COLUMNS - 1), y).backward()
+
+    return call
+
+
+def plain(x, y):
+    """(columns x forward + 1 x backward) of one column without laterals: what the target is a multiple of."""
+    frozen, last = [column().eval().requires_grad_(False) for _ in range(COLUMNS - 1)], column()
+
+    def call():
+        with torch.no_grad():
+            for one in frozen:
+                one(x)
+        for parameter in last.parameters():
+            parameter.grad = None
+        F.cross_entropy(last(x), y).backward()
+
+    return call
+
+
+def products(net):
+    """Every matrix product of the step, forward and backward, into new memory as torch has it, and nothing else."""
+    pairs, kept = [], []
+    for number, one in enumerate(net.columns):
+        for name, weight in one.named_parameters():
+            if weight.dim() < 2:
+                continue
+            w, a, d = weight.detach(), torch.randn(BATCH, weight.shape[1]), torch.randn(BATCH, weight.shape[0])
+            pairs.append((a, w.T))
+            if number == COLUMNS - 1:
+                pairs.append((d.T, a))
+                if "projection" not in name and name != "network.0.weight":  # what these read needs no gradient
+                    pairs.append((d, w))
+
+    def call():
+        kept.clear()  # gradients live until the next step
+        for left, right in pairs:
+            product = left @ right
+            if len(left) != BATCH:
+                kept.append(product)
+
+    return call
+
+
+@pytest.mark.parametrize("lateral", ["adapter", "gated", "sum"])
+def test_a_step(lateral, compare):
+    x, y = torch.randn(BATCH, WIDTH), torch.randint(CLASSES, (BATCH,))
+    net = network(lateral)
+    calls = {"ours": step(net, x, y), "baseline": plain(x, y)}
+    what = f"a step of {COLUMNS} columns of 3 x {WIDTH}, batch {BATCH}, {lateral}"
+    compare(what, "5 plain columns forward, 1 backward", "at most 1.15", calls)
+
+
+@pytest.mark.parametrize("lateral", ["adapter", "gated", "sum"])
+def test_a_step_beside_its_products(lateral, compare):
+    x, y = torch.randn(BATCH, WIDTH), torch.randint(CLASSES, (BATCH,))
+    net = network(lateral)
+    calls = {"ours": step(net, x, y), "baseline": products(net)}
+    what = f"a step of {COLUMNS} columns of 3 x {WIDTH}, batch {BATCH}, {lateral}"
+    compare(what, "the matrix products in it", "at most 1.15", calls)

@@ -1,0 +1,6 @@
+"""Progressive networks: columns, laterals between them, and what the laterals carry."""
+
+from limpet.methods.progressive.network import ProgressiveNetwork
+from limpet.methods.progressive.sensitivity import LateralSensitivity
+
+__all__ = ["LateralSensitivity", "ProgressiveNetwork"]

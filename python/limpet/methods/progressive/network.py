@@ -1,0 +1,359 @@
+"""Progressive networks: a column for each task, beside frozen ones that it may read (Rusu et al. 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limpet import _checks
+from limpet.fisher.batches import tensors
+from limpet.methods.progressive import inference, sensitivity
+from limpet.methods.progressive.column import Column, Features
+from limpet.methods.progressive.growth import ColumnMaker
+from limpet.methods.progressive.laterals import KINDS, Activation
+from limpet.methods.progressive.points import check_paths
+from limpet.methods.quadratic import evaluating
+
+Task = str | int
+
+
+class ProgressiveNetwork(nn.Module):
+    r"""A new column for each task; earlier columns are frozen, and read through lateral connections.
+
+    .. math:: h_i^{(k)} = f\Big(W_i^{(k)} h_{i-1}^{(k)} + U_i^{(k)}
+        f\Big(\sum_{j<k} V_i^{(k:j)} \alpha_{i-1}^{(k:j)} h_{i-1}^{(j)}\Big)\Big)
+
+    (Rusu et al. 2016, "Progressive Neural Networks", eq. 2.) Nothing is forgotten: parameters *and* buffers of a frozen
+    column do not change, nor does a bit of what it answers. ::
+
+        net = limpet.ProgressiveNetwork(make_mlp)
+        for task, batches in tasks:
+            net.add_column(task)
+            optimizer = torch.optim.Adam(p for p in net.parameters() if p.requires_grad)
+            for x, y in batches:
+                loss = cross_entropy(net(x, task), y)
+                ...
+            net.freeze()
+
+    A *lateral point* is a submodule of the column. With ``lateral="adapter"`` what goes into the module in earlier
+    columns (the activations of the layer below) is added to what comes out of it in the new one, scaled by learned
+    scalars, projected to the new column's width, past a nonlinearity and up. At a convolution V is one with a kernel of
+    1, and U has the module's own kernel and stride. At a block that is neither linear nor a convolution V and U act
+    on each place alone, strided where the block makes images smaller. V and U have no bias: without features nothing
+    crosses. With ``"gated"`` and ``"sum"`` it is what comes *out* of the module in earlier columns that is blended with
+    what comes out in the new one, projected where widths differ.
+
+    Args:
+        column_factory: makes a column's whole network, with its output layer: so each task has a head of its own. It is
+            called with the keyword arguments of :meth:`add_column`.
+        lateral: ``"adapter"``, the published one; ``"gated"``, :func:`limpet.ops.gated_lateral` of one earlier column
+            after the other (ours; not in the paper); ``"sum"``, what earlier columns give is added as it is.
+        lateral_points: paths of submodules, as ``"2"`` or ``"blocks.1"``, that every column has. None: found in an
+            ``nn.Sequential``, stage by stage; a stage is a child with a weight of two dimensions or more. Adapters go
+            into every stage but the first, gates and sums sit behind every stage but the last. Columns of other depths
+            meet where they have stages in common, counted from the input.
+        activation: f in the adapters.
+        example: a small batch of inputs, needed where a lateral point is neither a linear layer nor a convolution: each
+            new column is run on it once, in evaluation mode. With it all shapes are checked when a column is added.
+        infer: what :meth:`forward` does when no task is given: None, an error; ``"entropy"``, it takes for each sample
+            the column whose output has the lowest entropy.
+
+    Attributes:
+        columns: the columns, in order.
+        tasks: their tasks.
+
+    Raises:
+        TypeError: an argument is of the wrong type.
+        ValueError: there is no such ``lateral`` or ``infer``, or ``lateral_points`` are none or one comes twice.
+
+    >>> def make(width=8):
+    ...     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+    >>> net = ProgressiveNetwork(make)
+    >>> net.add_column("cats")
+    >>> before = net(torch.ones(1, 4), "cats")
+    >>> net.freeze()
+    >>> net.add_column("dogs", width=6)
+    >>> net(torch.ones(3, 4), "dogs").shape
+    torch.Size([3, 2])
+    >>> torch.equal(net(torch.ones(1, 4), "cats"), before)
+    True
+    """
+
+    def __init__(
+        self,
+        column_factory: Callable[..., nn.Module],
+        *,
+        lateral: str = "adapter",
+        lateral_points: Sequence[str] | None = None,
+        activation: Activation = torch.relu,
+        example: Any = None,
+        infer: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not callable(column_factory) or isinstance(column_factory, nn.Module):
+            raise TypeError(f"column_factory must be a function, got {_checks.describe(column_factory)}")
+        if not callable(activation):
+            raise TypeError(f"activation must be a function, got {_checks.describe(activation)}")
+        self.lateral = _checks.one_of("lateral", lateral, list(KINDS))
+        self.infer = infer if infer is None else _checks.one_of("infer", infer, ["entropy"])
+        self._make = ColumnMaker(column_factory, lateral, check_paths(lateral_points), activation, example)
+        self._arguments: list[dict[str, Any]] = []  # what the factory was called with, for a state
+        self.tasks: list[Task] = []
+        self.columns = nn.ModuleList()
+        self._place: Tensor
+        self.register_buffer(
+            "_place", torch.empty(0, dtype=torch.float32), persistent=False
+        )  # goes where the network is moved
+
+    def add_column(self, task: Task, **arguments: Any) -> None:
+        """Add a column for a task, to be trained from now on. Make the optimizer, or tell it, afterwards.
+
+        The column goes where the network is, and is cast to its dtype.
+
+        Args:
+            task: its name or number.
+            arguments: for the factory, as ``width=``. A state keeps them: numbers and strings can be read by
+                ``torch.load(..., weights_only=True)``.
+
+        Raises:
+            TypeError: ``task`` is neither a string nor an integer, or the factory gives no module.
+            ValueError: there is a column for the task; the factory gives a module, or a part of one, that another
+                column has; a lateral point does not exist, or what goes in or comes out there does not fit earlier
+                columns.
+            RuntimeError: the last column is still being trained: :meth:`freeze` was not called.
+
+        Whatever is raised, the network is as it was.
+        """
+        if isinstance(task, bool) or not isinstance(task, (str, int)):
+            raise TypeError(f"task must be a string or an integer, got {_checks.describe(task)}")
+        if task in self.tasks:
+            raise ValueError(f"task must be a new one, got {task!r}; there are columns for {self._known()}")
+        if self.columns and not self._column(-1).frozen:
+            raise RuntimeError(
+                f"the column of task {self.tasks[-1]!r} is still being trained: call freeze() when its task has ended"
+            )
+        self._append(task, arguments, self._make(arguments, list(self._all()), self._place).train(self.training))
+
+    def freeze(self) -> None:
+        """End the last column's task: from now on nothing in it changes, whatever mode the network is in.
+
+        Raises:
+            RuntimeError: there is no column.
+        """
+        if not self.columns:
+            raise RuntimeError("there is no column to freeze: call add_column(task)")
+        self._column(-1).freeze()
+
+    def forward(self, x: Any, task: Task | None = None) -> Any:
+        """What a task's column answers.
+
+        Earlier columns that it reads run once, without a graph unless the inputs themselves require a gradient; columns
+        that it does not read do not run.
+
+        Args:
+            x: what the columns are called with: a mapping gives keyword arguments, a tuple or list positional ones.
+            task: whose column answers. None is for ``infer`` to decide.
+
+        Returns:
+            The column's output; where tasks were inferred, for each sample the output of its column: [N, C].
+
+        Raises:
+            ValueError: there is no column for the task; no task was given and ``infer`` is None; columns have other
+                places than earlier ones at a lateral point.
+        """
+        if task is not None:
+            return self._answer(x, [self._number(task)])[0]
+        if self.infer is None:
+            raise ValueError(f"task must be given where infer is None; there are columns for {self._known()}")
+        return inference.of_lowest_entropy(self._answer_all(x))
+
+    def infer_task(self, x: Any) -> list[Task]:
+        """For each sample the task whose column's output has the lowest entropy: [N].
+
+        Raises:
+            ValueError: there is no column, or outputs are not [N, C].
+        """
+        with torch.no_grad():
+            chosen = inference.entropies(self._answer_all(x)).argmin(1)
+        return [self.tasks[number] for number in chosen.tolist()]
+
+    def parameters_per_column(self) -> dict[Task, int]:
+        """How many parameters each task's column has, laterals included."""
+        sizes = (sum(p.numel() for p in column.parameters()) for column in self.columns)
+        return dict(zip(self.tasks, sizes, strict=True))
+
+    def lateral_sensitivity(
+        self, batches: Iterable[Any], task: Task, *, measure: str = "fisher"
+    ) -> sensitivity.LateralSensitivity:
+        """How much a task's answers depend on each column's features, point by point (Rusu et al. 2016, section 3).
+
+        At a lateral point the task's column meets its own features and, through its laterals, those of earlier
+        columns. Each is measured *as it is read there*: what a feature does on other ways does not count, so that a
+        share tells what a lateral carries. Features are in units of their own standard deviation over the data.
+
+        Args:
+            batches: ``(inputs, labels)`` of the task; outputs must be [N, C].
+            task: whose column reads.
+            measure: ``"fisher"``, the diagonal Fisher information of the features, expected over the model's labels:
+                one backward pass for each class, labels are not read. ``"perturbation"``, ``1 / sigma^2`` of the noise
+                that takes half of the accuracy above chance; features and batches are held in memory.
+
+        Returns:
+            Shares [points, columns] that sum to 1 in each point, the last column being the task's own.
+
+        Raises:
+            ValueError: there is no such task or ``measure``; there are no batches; outputs are not [N, C].
+        """
+        _checks.one_of("measure", measure, list(sensitivity.MEASURES))
+        number = self._number(task)
+        column = self._column(number)
+
+        @torch.no_grad()
+        def earlier(x: Any) -> dict[int, Features]:
+            return self._run(x, sorted(column.sources))[1]
+
+        with evaluating(self):
+            shares = sensitivity.MEASURES[measure](column, number, earlier, batches)
+        paths = tuple(ends.path for ends in column.points)
+        return sensitivity.LateralSensitivity(measure, task, paths, tuple(self.tasks[: number + 1]), shares)
+
+    def prune_laterals(self, found: sensitivity.LateralSensitivity, threshold: float) -> list[tuple[str, Task]]:
+        """Remove the last column's laterals whose share is below a threshold, with their parameters.
+
+        A column that no longer reads another, directly or through others, does not run it either.
+
+        Args:
+            found: what :meth:`lateral_sensitivity` gave for the last column's task.
+            threshold: in [0, 1].
+
+        Returns:
+            What was removed: the point's path and the task of the column that was read there.
+
+        Raises:
+            TypeError: ``threshold`` is no number.
+            ValueError: it is out of range, or ``found`` is of another task than the last column's: earlier columns stay
+                as they are.
+        """
+        if not 0.0 <= _checks.finite_number("threshold", threshold) <= 1.0:
+            raise ValueError(f"threshold must lie in [0, 1], got {threshold!r}")
+        if not self.tasks or found.tasks != tuple(self.tasks):
+            raise ValueError(
+                f"found must be of the last column's task, got that of {found.task!r}; columns: {self._known()}"
+            )
+        column = self._column(-1)
+        weak = {(point, source) for point, source in column.pairs if found.shares[point, source] < threshold}
+        column.prune(weak)
+        return [(column.points[point].path, self.tasks[source]) for point, source in sorted(weak)]
+
+    def requires_grad_(self, requires_grad: bool = True) -> ProgressiveNetwork:
+        """Change whether the last column's parameters require a gradient; those of frozen ones never do."""
+        for column in self._all():
+            column.requires_grad_(requires_grad and not column.frozen)
+        return self
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What makes the columns anew: tasks, the factory's arguments, which laterals there are, and how far it is."""
+        return {
+            "lateral": self.lateral,
+            "tasks": list(self.tasks),
+            "arguments": [dict(arguments) for arguments in self._arguments],
+            "laterals": [sorted(map(list, column.pairs)) for column in self._all()],
+            "training": bool(self.columns) and not self._column(-1).frozen,
+        }
+
+    def set_extra_state(self, state: Any) -> None:
+        """Make the columns that a state has and this network lacks; ``load_state_dict`` fills them.
+
+        Raises:
+            ValueError: the state is none, or of another ``lateral``; this network has other columns, or laterals are
+                gone here that the state has, or its last column is frozen and the state's is not; or as
+                :meth:`add_column`. The columns are as they were then.
+        """
+        keys = {"lateral", "tasks", "arguments", "laterals", "training"}
+        if not isinstance(state, Mapping) or state.keys() != keys:
+            raise ValueError(f"the state of a ProgressiveNetwork must have the keys {sorted(keys)}, got {state!r}")
+        if state["lateral"] != self.lateral:
+            raise ValueError(f"state must be of lateral={self.lateral!r}, got {state['lateral']!r}")
+        here = len(self.tasks)
+        if state["tasks"][:here] != self.tasks or state["arguments"][:here] != self._arguments:
+            raise ValueError(
+                f"state must begin with the columns of this network ({self._known()}), got {state['tasks']}"
+            )
+        if here and here == len(state["tasks"]) and state["training"] and self._column(-1).frozen:
+            raise ValueError(
+                "state must not be of a column in training where that is frozen: load it into a new network"
+            )
+        columns = list(self._all())
+        for arguments in state["arguments"][here:]:
+            columns.append(self._make(arguments, columns, self._place).train(self.training))
+        gone = []
+        for column, pairs in zip(columns, state["laterals"], strict=True):
+            wanted = {(point, number) for point, number in pairs}
+            if not wanted <= column.pairs:
+                raise ValueError(f"state must have no laterals that are not here, got {sorted(wanted - column.pairs)}")
+            gone.append(column.pairs - wanted)
+        for column, pairs_gone in zip(columns, gone, strict=True):
+            column.prune(pairs_gone)
+        for task, arguments, column in zip(state["tasks"], state["arguments"], columns, strict=True):
+            if task not in self.tasks:
+                self._append(task, arguments, column)
+        if self.columns and not state["training"]:
+            self.freeze()
+
+    def extra_repr(self) -> str:
+        """The kind of laterals, and the tasks."""
+        return f"lateral={self.lateral!r}, tasks={self.tasks}"
+
+    def _column(self, number: int) -> Column:
+        return self.columns[number]  # type: ignore[return-value]
+
+    def _all(self) -> Iterator[Column]:
+        yield from self.columns  # type: ignore[misc]
+
+    def _known(self) -> str:
+        return ", ".join(map(repr, self.tasks)) or "no task yet"
+
+    def _number(self, task: Task) -> int:
+        if task not in self.tasks:
+            raise ValueError(f"task must be one that has a column ({self._known()}), got {_checks.describe(task)}")
+        return self.tasks.index(task)
+
+    def _append(self, task: Task, arguments: Mapping[str, Any], column: Column) -> None:
+        if self.columns:
+            self.freeze()
+        self.columns.append(column)
+        self.tasks.append(task)
+        self._arguments.append(dict(arguments))
+
+    def _answer_all(self, x: Any) -> list[Tensor]:
+        if not self.tasks:
+            raise ValueError("there must be a column to infer a task, call add_column(task)")
+        return self._answer(x, range(len(self.tasks)))
+
+    def _answer(self, x: Any, numbers: Sequence[int]) -> list[Any]:
+        """The outputs of some columns; every column that is needed for them runs once."""
+        outputs, _ = self._run(x, numbers)
+        return [outputs[number] for number in numbers]
+
+    def _run(self, x: Any, numbers: Sequence[int]) -> tuple[dict[int, Any], dict[int, Features]]:
+        """The outputs and features of some columns, and of those that they read."""
+        outputs: dict[int, Any] = {}
+        features: dict[int, Features] = {}
+        with_graph = torch.is_grad_enabled()
+        through_frozen = with_graph and any(tensor.requires_grad for tensor in tensors(x))
+        for number in self._needed(numbers):
+            column = self._column(number)
+            with torch.set_grad_enabled(through_frozen if column.frozen else with_graph):
+                outputs[number], features[number] = column(x, features)
+        return outputs, features
+
+    def _needed(self, numbers: Sequence[int]) -> list[int]:
+        """Some columns and all that they read, in order."""
+        needed = set(numbers)
+        for number in range(max(numbers, default=0), 0, -1):
+            if number in needed:
+                needed |= self._column(number).sources
+        return sorted(needed)
