@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from limpet import EWC, cli
 
@@ -44,6 +45,27 @@ def test_run_with_synaptic_intelligence_forgets_less(tmp_path):
     assert cli.main(arguments) == 0
     results = json.loads((tmp_path / "results.json").read_text())["methods"]
     assert results["si"]["forgetting"] < 0.5 * results["finetune"]["forgetting"]
+
+
+def test_run_with_replay_in_one_head(tmp_path):
+    names = ["replay", "der", "der++", "replay-ewc", "replay-si"]
+    arguments = [*QUICK, "--iterations", "2", "--setting", "class", "--all-outputs", "--buffer", "50"]
+    assert cli.main([*arguments, "--methods", ",".join(names), "--report", str(tmp_path)]) == 0
+    assert list(json.loads((tmp_path / "results.json").read_text())["methods"]) == names
+
+
+def test_replay_options_reach_the_methods():
+    options = ["--buffer", "70", "--replay-fraction", "0.2", "--alpha", "0.3", "--beta", "0.7", "--batch-size", "40"]
+    options = cli._parser().parse_args(["run", *options])
+    torch.manual_seed(-1)
+    model = torch.nn.Linear(2, 2)
+    made = {name: cli._factory(name, options)(model) for name in ("replay", "der", "der++", "replay-si")}
+    assert made["replay"].fraction == 0.2
+    assert [type(part).__name__ for part in made["replay-si"].methods] == ["Replay", "SynapticIntelligence"]
+    assert (made["der"].alpha, made["der"].beta, made["der"].batch_size) == (0.3, 0.0, 10)
+    assert (made["der++"].alpha, made["der++"].beta) == (0.3, 0.7)
+    buffers = [made["replay"].buffer, made["der"].buffer, made["replay-si"].methods[0].buffer]
+    assert [(buffer.capacity, buffer.seed) for buffer in buffers] == [(70, 2**63 - 1)] * 3
 
 
 def test_run_with_a_progressive_network_forgets_nothing(tmp_path):
@@ -113,6 +135,11 @@ def test_defaults_are_the_demo():
         (["--lr", "0"], "learning_rate must be above 0"),
         (["--strength", "-1"], "strength must be finite and at least 0"),
         (["--methods", "si", "--si-strength", "-1"], "si_strength must be finite and at least 0"),
+        (["--methods", "replay", "--buffer", "0"], "capacity must be at least 1, got 0"),
+        (["--methods", "replay-ewc", "--replay-fraction", "1"], "fraction must be below 1, got 1.0"),
+        (["--methods", "der", "--alpha", "-1"], "alpha must be finite and at least 0"),
+        (["--methods", "der++", "--beta", "nan"], "beta must be finite"),
+        (["--methods", "der", "--setting", "class"], "der compares logits, and needs --all-outputs"),
         (["--methods", "progressive", "--setting", "class"], "needs --setting task, got 'class'"),
         (["--report", __file__], "--report must name a folder"),
     ],

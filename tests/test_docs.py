@@ -11,6 +11,7 @@ import pytest
 import limpet
 
 README = Path(__file__).parent.parent / "README.md"
+REPLAY = README.parent / "docs" / "replay.md"
 MODULES = sorted(
     m.name
     for m in pkgutil.walk_packages(limpet.__path__, "limpet.")
@@ -44,6 +45,15 @@ def test_the_readme_runs():
     ewc = scope["ewc"]
     assert isinstance(ewc, limpet.EWC)
     assert ewc.num_tasks == 5
+
+
+def test_the_methods_of_replay_run():
+    _, section = REPLAY.read_text().split("\n## Methods\n")
+    scope: dict[str, object] = {}
+    blocks = re.findall(r"```python\n(.*?)```", section.split("\n## ")[0], flags=re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        exec(compile(block, str(REPLAY), "exec"), scope)
 
 
 def test_the_page_on_progressive_networks_runs(tmp_path, monkeypatch):

@@ -2,42 +2,14 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
 
 from limpet import Replay, ReservoirBuffer
-
-
-def tasks():
-    """Four classes around the corners of a rectangle, two at a time: class-incremental."""
-    generator = torch.Generator().manual_seed(0)
-    corners = torch.tensor([[2.0, 1.0], [-2.0, 1.0], [2.0, -1.0], [-2.0, -1.0]])
-    for classes in ([0, 1], [2, 3]):
-        y = torch.tensor(classes).repeat(300)[torch.randperm(600, generator=generator)]
-        yield corners[y] + 0.6 * torch.randn(600, 2, generator=generator), y
-
-
-def accuracy_on_the_first_task(replay):
-    torch.manual_seed(0)
-    torch.set_num_threads(1)  # for so small a network threads only wait for each other
-    model = nn.Sequential(nn.Linear(2, 32), nn.ReLU(), nn.Linear(32, 4))
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for x, y in tasks():
-        for some in torch.randperm(6000).remainder(600).split(20):
-            new = x[some], y[some]
-            mixed = replay.mix(*new) if replay else new
-            optimizer.zero_grad()
-            F.cross_entropy(model(mixed[0]), mixed[1]).backward()
-            optimizer.step()
-            if replay:
-                replay.observe(*new)
-    x, y = next(tasks())
-    return float((model(x).argmax(1) == y).double().mean())
+from replay_training import accuracy_on_the_first_task
 
 
 def test_replay_remembers_what_fine_tuning_forgets():
-    assert accuracy_on_the_first_task(None) < 0.1
-    assert accuracy_on_the_first_task(Replay(40, fraction=0.5)) > 0.8
+    assert accuracy_on_the_first_task(lambda model: None) < 0.1
+    assert accuracy_on_the_first_task(lambda model: Replay(40, fraction=0.5)) > 0.8
 
 
 def test_replayed_rows_alone_are_augmented():
@@ -85,3 +57,5 @@ def test_refused_transforms_and_states():
         replay.mix(torch.zeros(5, 2), torch.zeros(5))
     with pytest.raises(ValueError, match="state must have the keys"):
         replay.load_state_dict({"buffer": replay.buffer.state_dict()})
+    with pytest.raises(ValueError, match=r"state\['fraction'\] must be below 1, got 2"):
+        replay.load_state_dict({**replay.state_dict(), "fraction": 2})

@@ -62,6 +62,34 @@ def test_the_moments_come_in_their_order(small):
     assert method.calls == ["begin_task", *steps[0], "end_task", "begin_task", *steps[1], "end_task"]
 
 
+@pytest.mark.parametrize("setting", ["task", "domain", "class"])
+def test_what_is_observed_can_be_replayed(small, setting):
+    """Images with their targets, and the outputs of the step; with the head of each where tasks have their own."""
+    stream = streams.split(small, num_tasks=2, batch_size=500, setting=setting)
+    kept, models = [], []
+
+    class Keeper:
+        def __init__(self, model):
+            models.append(model)
+
+        def mix(self, x, y):
+            old_x, old_y = kept[-1][:2] if kept else (x, y)
+            joined = tuple(map(torch.cat, zip(x, old_x, strict=True))) if setting == "task" else torch.cat([x, old_x])
+            return joined, torch.cat([y, old_y])
+
+        def observe(self, x, y, outputs):
+            kept.append((x, y, outputs))
+
+    runner.run(stream, {"keeper": Keeper}, runner.Training(epochs=1))
+    first, last = kept[0], kept[-1]
+    assert not last[2].requires_grad
+    assert last[2].shape == (len(last[1]), {"task": 5, "domain": 5, "class": 10}[setting])
+    if setting == "task":
+        assert [heads.unique().tolist() for (_, heads), _, _ in (first, last)] == [[0], [1]]
+        models[0].select(0)
+        assert torch.equal(models[0](*first[0]), models[0](first[0][0]))
+
+
 def test_a_progressive_network_takes_the_place_of_the_model_and_forgets_nothing(small):
     stream = streams.split(small, num_tasks=5, batch_size=100)
     training = runner.Training(epochs=1, seed=3, evaluations_per_task=2)
@@ -190,6 +218,20 @@ def test_other_settings(small, setting):
     if setting == "class":
         assert last[:-1].max() < 0.25  # all before it is forgotten: every image is said to be of the last classes
         assert result.matrix.values[0, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("setting", ["task", "class"])
+def test_what_is_replayed_is_kept(small, setting):
+    torch.set_num_threads(1)
+    stream = streams.split(small, num_tasks=2, setting=setting, batch_size=100, all_outputs=True)
+    methods = {
+        "replay": lambda model: limpet.Replay(200),
+        "der": lambda model: limpet.DarkReplay(model, 200, batch_size=100),
+        "hybrid": lambda model: limpet.Hybrid([limpet.Replay(200), limpet.EWC(model, 10.0)]),
+    }
+    for result in runner.run(stream, methods, runner.Training(epochs=6, evaluations_per_task=1)):
+        assert result.matrix.values[-1].min() > 0.65, result.method
+        assert result.matrix.values[0, 0] > 0.85, result.method
 
 
 def test_progress_and_seconds(small):

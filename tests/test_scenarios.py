@@ -140,7 +140,17 @@ def test_heads():
     x = torch.randn(7, 2, 2)
     model.select(1, 2)
     assert torch.equal(model(x), model.heads[1](model.shared(x))[:, :2])
+    with pytest.raises(ValueError, match=r"heads must be as wide as each other .* got \[2, 3\]"):
+        model(x, torch.zeros(7, dtype=torch.int64))
     with pytest.raises(ValueError, match="head must be below 2, got 2"):
         model.select(2)
     with pytest.raises(ValueError, match="outputs must be at most 2, the width of head 0, got 3"):
         model.select(0, 3)
+
+
+def test_rows_with_heads_of_their_own():
+    model, x, heads = MultiHeadMLP(4, heads=[2, 2, 2], hidden=[5]), torch.randn(7, 2, 2), torch.arange(7) % 3
+    outputs = model(x, heads)
+    for row, head in enumerate(heads.tolist()):
+        model.select(head)
+        torch.testing.assert_close(outputs[row], model(x[row : row + 1])[0])

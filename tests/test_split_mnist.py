@@ -1,4 +1,4 @@
-"""Split MNIST with the published protocol, task-incremental, on the real images: docs/split-mnist.md has all seeds."""
+"""Split MNIST with the published protocol, on the real images: docs/split-mnist.md and docs/replay-split-mnist.md."""
 
 import json
 import os
@@ -27,6 +27,29 @@ def test_ewc_and_si_keep_what_fine_tuning_forgets(tmp_path):
     assert accuracy["finetune"] < 0.97
     assert methods["ewc"]["bwt"] > -0.01 > methods["finetune"]["bwt"]
     assert methods["si"]["bwt"] > -0.015
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(FULL is None, reason="LIMPET_DATA does not name a folder with the full data sets")
+@pytest.mark.parametrize("method", ["replay", "der++"])
+def test_replay_keeps_classes_as_published(method, tmp_path):
+    """Class-incremental, one seed and half of the published steps: the published 88.8 % less one point."""
+    arguments = [
+        "--dataset",
+        "mnist",
+        "--data",
+        FULL,
+        "--setting",
+        "class",
+        "--shuffle-classes",
+        "--iterations",
+        "1000",
+    ]
+    options = ["--all-outputs"] if method == "der++" else []
+    assert cli.main(["run", *arguments, *options, "--methods", method, "--report", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "results.json").read_text())["methods"][method]
+    assert result["average_accuracy"] >= 0.878
 
 
 class Separate(ProgressiveMLP):

@@ -40,6 +40,13 @@ def test_targets_and_heads(setting, shuffle):
                 assert y.tolist() == want
 
 
+@pytest.mark.parametrize("setting", ["task", "domain", "class"])
+def test_all_outputs_from_the_first_task_on(setting):
+    stream = split(coded_dataset(), setting=setting, all_outputs=True)
+    assert [task.outputs for task in stream.tasks] == [10 if setting == "class" else 2] * 5
+    assert stream.outputs(0, 0) == (0, stream.tasks[0].outputs)
+
+
 @given(batch_size=st.integers(1, 20), epoch=st.integers(0, 3), seed=st.integers(0, 2**40))
 def test_an_epoch_is_every_image_once_and_repeats_itself(batch_size, epoch, seed):
     task = split(coded_dataset(), batch_size=batch_size, seed=seed).tasks[1]

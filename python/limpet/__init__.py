@@ -2,9 +2,9 @@
 
 >>> import limpet
 >>> sorted(limpet.__all__)  # doctest: +NORMALIZE_WHITESPACE
-['AccuracyMatrix', 'ClassBalancedReservoir', 'Composite', 'DiagonalFisher', 'EWC', 'FisherAccumulator',
- 'MemoryAwareSynapses', 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer', 'RingBuffer',
- 'SynapticIntelligence', 'WeightedReservoir', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
+['AccuracyMatrix', 'ClassBalancedReservoir', 'Composite', 'DarkReplay', 'DiagonalFisher', 'EWC',
+ 'FisherAccumulator', 'Hybrid', 'MemoryAwareSynapses', 'ProgressiveNetwork', 'RWalk', 'Replay', 'ReservoirBuffer',
+ 'RingBuffer', 'SynapticIntelligence', 'WeightedReservoir', 'diagonal_fisher', 'ops', 'optim', 'suggest_strength']
 """
 
 from limpet import ops, optim
@@ -13,6 +13,8 @@ from limpet.fisher import DiagonalFisher, FisherAccumulator, diagonal_fisher
 from limpet.methods import (
     EWC,
     Composite,
+    DarkReplay,
+    Hybrid,
     MemoryAwareSynapses,
     ProgressiveNetwork,
     Replay,
@@ -29,8 +31,10 @@ __all__ = [
     "AccuracyMatrix",
     "ClassBalancedReservoir",
     "Composite",
+    "DarkReplay",
     "DiagonalFisher",
     "FisherAccumulator",
+    "Hybrid",
     "MemoryAwareSynapses",
     "ProgressiveNetwork",
     "RWalk",

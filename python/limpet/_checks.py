@@ -6,7 +6,7 @@ Every public function validates here, once, before any state changes; nothing be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,3 +111,18 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {describe(value)}")
     return str(value)
+
+
+def optional_callable(name: str, value: Any) -> Callable[..., Any] | None:
+    """Require something that can be called, or nothing."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be callable, got {describe(value)}")
+    return value
+
+
+def keys(name: str, value: Any, expected: Collection[str]) -> Mapping[str, Any]:
+    """Require a mapping with exactly these keys."""
+    if not isinstance(value, Mapping) or value.keys() != set(expected):
+        got = sorted(map(str, value)) if isinstance(value, Mapping) else describe(value)
+        raise ValueError(f"{name} must have the keys {sorted(expected)}, got {got}")
+    return value

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from limpet.scenarios.runner import MethodResult, Progress
     from limpet.scenarios.streams import Stream
 
-METHODS = ("finetune", "ewc", "si", "progressive")
+METHODS = ("finetune", "ewc", "si", "replay", "der", "der++", "replay-ewc", "replay-si", "progressive")
 FISHER_LABELS = ("data", "sampled", "expected", "batched")
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -70,10 +70,17 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--setting", default="task", choices=["task", "domain", "class"], help="what is known at test time"
     )
+    run.add_argument(
+        "--all-outputs", action="store_true", help="class-incremental: all classes answer from the first task on"
+    )
     run.add_argument("--shuffle-classes", action="store_true", help="draw which classes make a task, for each seed")
     run.add_argument("--methods", default="finetune,ewc", type=_methods, help=f"any of {', '.join(METHODS)}")
     run.add_argument("--strength", type=float, default=1e6, help="of the EWC penalty")
     run.add_argument("--si-strength", type=float, default=100.0, help="of Synaptic Intelligence's penalty")
+    run.add_argument("--buffer", type=int, default=1000, metavar="N", help="how many images replay keeps in all")
+    run.add_argument("--replay-fraction", type=float, default=0.5, help="the replayed images' share of a batch")
+    run.add_argument("--alpha", type=float, default=0.5, help="of the distance to old logits in der and der++")
+    run.add_argument("--beta", type=float, default=0.5, help="of the old labels' cross-entropy in der++")
     run.add_argument("--epochs", type=int, default=10, help="passes over each task")
     run.add_argument("--iterations", type=int, metavar="N", help="steps of each task, instead of epochs")
     run.add_argument("--batch-size", type=int, default=128, help="images a batch")
@@ -122,6 +129,7 @@ def _run(options: argparse.Namespace) -> None:
         setting=options.setting,
         batch_size=options.batch_size,
         shuffle_classes=options.shuffle_classes,
+        all_outputs=options.all_outputs,
         device=device,
     )
     stream = split(seed=options.seed)
@@ -148,19 +156,60 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any]:
-    """What makes a method for a network."""
+    """What makes a method for a network; its options are checked before another method has been trained."""
     if name == "finetune":
         return lambda model: None
     if name == "progressive":
         return _progressive(options.setting)
+    from limpet import Hybrid
+
+    make, *others = [_part(part, options) for part in name.split("-")]
+    return make if not others else lambda model: Hybrid([part(model) for part in (make, *others)])
+
+
+def _part(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any]:
+    """What makes one method of a hybrid."""
     from limpet import EWC, SynapticIntelligence, _checks
 
-    # Before another method has been trained.
     if name == "ewc":
         _checks.finite_number("strength", options.strength, minimum=0.0)
         return lambda model: _ewc(EWC(model, options.strength), options.fisher_labels)
-    _checks.finite_number("si_strength", options.si_strength, minimum=0.0)
-    return lambda model: SynapticIntelligence(model, strength=options.si_strength)
+    if name == "si":
+        _checks.finite_number("si_strength", options.si_strength, minimum=0.0)
+        return lambda model: SynapticIntelligence(model, strength=options.si_strength)
+    return _replay(name, options)
+
+
+def _replay(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any]:
+    """What makes experience replay, or dark experience replay of as many images beside each batch."""
+    import torch
+
+    from limpet import DarkReplay, Replay
+
+    def seed() -> int:
+        return torch.initial_seed() % 2**63  # the run's, of several
+
+    def replay(model: nn.Module) -> Replay:
+        return Replay(options.buffer, fraction=options.replay_fraction, seed=seed())
+
+    def dark(model: nn.Module) -> DarkReplay:
+        share = options.replay_fraction / (1 - options.replay_fraction)
+        return DarkReplay(
+            model,
+            options.buffer,
+            alpha=options.alpha,
+            beta=options.beta if name == "der++" else 0.0,
+            batch_size=max(1, round(options.batch_size * share)),
+            seed=seed(),
+        )
+
+    replay(torch.nn.Identity())
+    if name == "replay":
+        return replay
+    if options.setting == "class" and not options.all_outputs:
+        raise ValueError(f"{name} compares logits, and needs --all-outputs in the class-incremental setting")
+    dark(torch.nn.Identity())
+    return dark
 
 
 def _progressive(setting: str) -> Callable[[nn.Module], Any]:

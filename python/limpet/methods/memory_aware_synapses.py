@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from limpet import _checks
 from limpet.fisher import batches as batch_reading
-from limpet.fisher.batches import Batch
+from limpet.fisher.batches import Batch, call
 from limpet.methods import shards
 from limpet.methods.quadratic import QuadraticRegularizer, evaluating
 from limpet.methods.storage import NARROW_KEYS, Storage, latest
@@ -122,7 +122,7 @@ class MemoryAwareSynapses(QuadraticRegularizer):
         """Add the absolute gradient of the squared norm of one sample's output."""
         inputs = batch.take(slice(n, n + 1)).inputs
         with torch.enable_grad():
-            outputs = _outputs(self.model, inputs)
+            outputs = call(self.model, inputs)
             if not isinstance(outputs, Tensor):
                 raise TypeError(f"the model's output must be a tensor, got {_checks.describe(outputs)}")
             norm = outputs.square().sum()
@@ -133,9 +133,3 @@ class MemoryAwareSynapses(QuadraticRegularizer):
 
     def __repr__(self) -> str:
         return f"MemoryAwareSynapses(strength={self.strength:g}, num_tasks={self.num_tasks}{self._storage.text})"
-
-
-def _outputs(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)

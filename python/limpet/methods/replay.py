@@ -27,7 +27,7 @@ class Replay:
         transform: called with the replayed ``(x, y)`` alone, to augment them; it must keep shapes and dtypes.
 
     Attributes:
-        buffer: the buffer.
+        buffer: of ``(x, y)``.
         fraction: as given; it may be changed at any time.
 
     Raises:
@@ -51,13 +51,9 @@ class Replay:
         seed: int = 0,
         transform: Callable[[Any, Any], tuple[Any, Any]] | None = None,
     ) -> None:
-        self.buffer: Buffer = buffer if isinstance(buffer, Buffer) else ReservoirBuffer(buffer, seed=seed)
-        self.fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
-        if self.fraction >= 1.0:
-            raise ValueError(f"fraction must be below 1, got {fraction}")
-        if transform is not None and not callable(transform):
-            raise TypeError(f"transform must be callable, got {_checks.describe(transform)}")
-        self._transform = transform
+        self.buffer = buffer if isinstance(buffer, Buffer) else ReservoirBuffer(buffer, seed=seed)
+        self.fraction = _fraction("fraction", fraction)
+        self._transform = _checks.optional_callable("transform", transform)
 
     def mix(self, x: Any, y: Any) -> tuple[Any, Any]:  # tensors [count, *] -> [count + replayed, *]
         """New items, and sampled ones behind them; before anything was observed the new ones alone.
@@ -71,8 +67,8 @@ class Replay:
         mixed: tuple[Any, Any] = self.buffer.sample_into((x, y), self.fraction, transform=pairwise)
         return mixed
 
-    def observe(self, x: Any, y: Any) -> None:  # tensors [count, *]
-        """Let the buffer see new items, once they have been trained on.
+    def observe(self, x: Any, y: Any, outputs: object = None) -> None:  # tensors [count, *]
+        """Let the buffer see new items, once they have been trained on; what the model said about them is not kept.
 
         Raises:
             TypeError: as :meth:`limpet.ReservoirBuffer.add`.
@@ -89,13 +85,20 @@ class Replay:
 
         Raises:
             TypeError: as :meth:`limpet.ReservoirBuffer.load_state_dict`.
-            ValueError: keys are missing or unknown, or as :meth:`limpet.ReservoirBuffer.load_state_dict`.
+            ValueError: keys are missing or unknown, the fraction is out of range, or as
+                :meth:`limpet.ReservoirBuffer.load_state_dict`. Nothing has been taken over then.
         """
-        if not isinstance(state, Mapping) or state.keys() != {"fraction", "buffer"}:
-            raise ValueError(f"state must have the keys ['buffer', 'fraction'], got {_checks.describe(state)}")
-        fraction = _checks.finite_number("state['fraction']", state["fraction"], minimum=0.0)
+        _checks.keys("state", state, {"fraction", "buffer"})
+        fraction = _fraction("state['fraction']", state["fraction"])
         self.buffer.load_state_dict(state["buffer"])
         self.fraction = fraction
 
     def __repr__(self) -> str:
         return f"Replay({self.buffer!r}, fraction={self.fraction:g})"
+
+
+def _fraction(name: str, value: Any) -> float:
+    number = _checks.finite_number(name, value, minimum=0.0)
+    if number >= 1.0:
+        raise ValueError(f"{name} must be below 1, got {value}")
+    return number

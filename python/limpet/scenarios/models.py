@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from limpet import _checks
@@ -66,9 +67,23 @@ class MultiHeadMLP(nn.Module):
             raise ValueError(f"outputs must be at most {width}, the width of head {head}, got {outputs}")
         self.head, self.outputs = head, outputs or width
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, *], * flattens to num_inputs -> [N, outputs]
-        """The selected outputs of the selected head."""
-        logits: Tensor = self.heads[self.head](self.shared(x))
+    def forward(
+        self,
+        x: Tensor,  # [N, *], * flattens to num_inputs
+        heads: Tensor | None = None,  # int64 [N]
+    ) -> Tensor:  # [N, outputs]
+        """The selected outputs of the selected head, or of each row's own head where ``heads`` are given.
+
+        Raises:
+            ValueError: rows have heads of their own, and those are not all as wide.
+        """
+        hidden = self.shared(x)
+        if heads is not None:
+            if len(set(self._head_widths)) > 1:
+                raise ValueError(f"heads must be as wide as each other to answer one batch, got {self._head_widths}")
+            every = torch.stack([head(hidden) for head in self.heads], 1)  # [N, H, outputs]
+            return every[torch.arange(len(heads), device=heads.device), heads]
+        logits: Tensor = self.heads[self.head](hidden)
         return logits if self.outputs == self._head_widths[self.head] else logits[:, : self.outputs]
 
 

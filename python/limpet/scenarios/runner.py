@@ -2,7 +2,9 @@
 
 A method is any object with some of the moments below, or None for plain fine-tuning; the loop calls those it has:
 ``begin_task(task)``, ``mix(x, y)``, ``penalty()`` or ``add_penalty_grad_()``, ``project_grads_()``, ``after_step()``,
-``observe(x, y)``, ``end_task(batches)``. A method may bring a ``network`` that is to be trained in the model's place.
+``observe(x, y, outputs)``, ``end_task(batches)``. A method that mixes or observes may replay items of several tasks:
+where each task has a head of its own, ``x`` is to it the pair of images and the head of each. A method may bring a
+``network`` that is to be trained in the model's place.
 """
 
 from __future__ import annotations
@@ -174,6 +176,7 @@ class _Learner:
         self._after_step = getattr(method, "after_step", None)
         self._observe = getattr(method, "observe", None)
         self._end_task = getattr(method, "end_task", None)
+        self._own_heads = stream.setting == "task" and bool(self._mix or self._observe)
         # Nothing is learned yet: the accuracies are the baseline of forward transfer, where every task can be asked.
         baseline = evaluate(model, stream, learned=-1) if stream.setting != "class" else None
         matrix = AccuracyMatrix(len(stream.tasks), baseline=baseline)
@@ -227,9 +230,11 @@ class _Learner:
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:  # [B, 1, H, W], [B] -> 0-d
         """One step of the optimizer, and the method's moments around it; gives the task's loss."""
-        mixed_x, mixed_y = self._mix(x, y) if self._mix else (x, y)
+        inputs = (x, torch.full_like(y, self._model.head)) if self._own_heads else x
+        mixed, mixed_y = self._mix(inputs, y) if self._mix else (inputs, y)
         self._optimizer.zero_grad()
-        loss = F.cross_entropy(self._model(mixed_x), mixed_y)
+        outputs = self._model(*mixed) if self._own_heads else self._model(mixed)
+        loss = F.cross_entropy(outputs, mixed_y)
         (loss + self._penalty() if self._penalty else loss).backward()
         if self._add_penalty_grad:
             self._add_penalty_grad()
@@ -239,7 +244,7 @@ class _Learner:
         if self._after_step:
             self._after_step()
         if self._observe:
-            self._observe(x, y)
+            self._observe(inputs, y, outputs[: len(y)].detach())
         return loss.detach()
 
     def _report(self, task: Task, epoch: int, epoch_ended: bool, losses: list[Tensor]) -> None:

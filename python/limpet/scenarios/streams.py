@@ -126,6 +126,7 @@ def split(
     batch_size: int = 128,
     seed: int = 0,
     shuffle_classes: bool = False,
+    all_outputs: bool = False,
     device: torch.device | str = "cpu",
 ) -> Stream:
     """Split a data set into tasks of as many classes each.
@@ -138,6 +139,8 @@ def split(
         batch_size: images a batch, for training and testing.
         seed: for the order of the images in each epoch, and of the classes if they are shuffled.
         shuffle_classes: draw the order of the classes, instead of ascending labels.
+        all_outputs: class-incremental alone: the outputs of all classes are in use from the first task on, not those
+            of the classes seen so far.
         device: where the images go.
 
     Raises:
@@ -171,7 +174,7 @@ def split(
             name="/".join(map(str, classes)),
             classes=classes,
             head=index if setting == "task" else 0,
-            outputs=first + width,
+            outputs=len(order) if all_outputs and setting == "class" else first + width,
             images=images,
             targets=targets,
             test_batches=Batches(test_images, test_targets, batch_size),
