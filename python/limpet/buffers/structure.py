@@ -25,8 +25,11 @@ class Structure:
     def __deepcopy__(self, memo: Any) -> Structure:  # nothing of it changes
         return self
 
-    def __reduce__(self) -> Any:  # torch's own specs warn when they are unpickled
-        return Structure.from_text, (self.to_text(), self._spec.num_leaves)
+    def __reduce__(self) -> Any:
+        try:  # torch's own specs warn when they are unpickled
+            return Structure.from_text, (self.to_text(), self._spec.num_leaves)
+        except TypeError:  # a named tuple
+            return Structure, (self._spec,)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Structure) and self._spec == other._spec
