@@ -39,7 +39,7 @@ def test_every_public_function_has_an_example():
 def test_the_readme_runs():
     scope: dict[str, object] = {}
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, str(README), "exec"), scope)
     ewc = scope["ewc"]
