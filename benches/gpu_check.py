@@ -25,10 +25,12 @@ from gpu_report import Report, Table
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
-GPU_TESTS = [*PYTEST, "-m", "gpu", "tests/test_gpu.py"]
+GPU_TESTS = [*PYTEST, "-m", "gpu"]
+GPU_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
 # Without torch's caching allocator every tensor is an allocation of its own, and a read past its end is seen. float32
 # alone covers each kernel's addressing; a CUDA graph cannot allocate so.
-SANITIZED = [*GPU_TESTS, "-k", "not graph and not wait and not bfloat16 and not float16 and not float64 and not fisher"]
+PLAIN = "not graph and not wait and not bfloat16 and not float16 and not float64 and not fisher"
+SANITIZED = [*GPU_TESTS, "tests/test_gpu.py", "-k", PLAIN]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def steps(results: Path) -> list[Step]:
         Step("device answers", [sys.executable, "-c", device], 60, {}),
         Step("versions", ["nvcc", "--version"], 10, {}),
         Step("build with CUDA", build, 150, {}),
-        Step("GPU tests", [*GPU_TESTS, "tests/test_gpu_gated_lateral.py", "--durations", "5"], 150, {}),
+        Step("GPU tests", [*GPU_TESTS, *GPU_FILES, "--durations", "5"], 240, {}),
         Step("GPU benches", [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "60"], 150, {}),
         Step("memcheck", [*check, "--tool", "memcheck", *SANITIZED], 100, uncached),
         Step("racecheck", [*check, "--tool", "racecheck", *SANITIZED, "-x"], 60, uncached),
