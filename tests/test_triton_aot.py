@@ -218,12 +218,13 @@ def choices(gpu: GPUTarget, launcher: Callable[[torch.dtype], None], dtype: torc
     return range(len(_tiles.tiles(arithmetic(gpu, dtype), 512, 512)))
 
 
-# Every launch for one GPU of each maker, the matrix kernels for the others too.
+# Every launch for one GPU of each maker, the matrix kernels for the others too. Among the fast tests are the tiles that
+# are tried first.
 CASES = [
     pytest.param(
         *(gpu, launcher, dtype, choice),
         id=f"{name}-{launcher.__name__}-{str(dtype)[6:]}-{choice}",
-        marks=[pytest.mark.slow] if launcher is gated and choice else [],
+        marks=[pytest.mark.slow] if choice else [],
     )
     for name, gpu in TARGETS.items()
     for launcher in (LAUNCHES if name in ("sm_90", "gfx942") else (linear, conv, gated))
