@@ -24,7 +24,7 @@ demo: $(VENV)/.installed-cli  ## learn Split MNIST task after task and show what
 	$(BIN)/limpet run --report report
 
 test: $(VENV)/.installed-test  ## every fast test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -p no:benchmark
 
 test-slow: $(VENV)/.installed-test  ## the tests that take minutes or gigabytes
 	$(BIN)/python -m pytest -m slow
