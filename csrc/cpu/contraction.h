@@ -101,8 +101,7 @@ void run_tile(const Tile<S>& tile, int v0) {
 
     const S* rows[MR];
     for (int r = 0; r < MR; ++r) rows[r] = tile.rows[r] + n * tile.row_sample;
-#pragma GCC unroll 4
-    for (std::int64_t t = 0; t < tile.places; ++t, columns += tile.width) {
+    const auto place = [&](std::int64_t t) {
       const std::int64_t offset = tile.offsets[t];
       V column[NV];
       for (int v = 0; v < NV; ++v) column[v] = load(columns + v * lanes<S>);
@@ -110,7 +109,20 @@ void run_tile(const Tile<S>& tile, int v0) {
         const V row = broadcast(rows[r][offset]);
         for (int v = 0; v < NV; ++v) acc[r][v] += row * column[v];
       }
+      columns += tile.width;
+    };
+    std::int64_t t = 0;
+    for (; t + 4 <= tile.places; t += 4) {
+      if (!resident && !tile.squares) {
+        const std::int64_t line = t / 4;
+        __builtin_prefetch(tile.sum + line / NV * tile.sum_step + line % NV * lanes<S>, 1);
+      }
+      place(t);
+      place(t + 1);
+      place(t + 2);
+      place(t + 3);
     }
+    for (; t < tile.places; ++t) place(t);
 
     if constexpr (resident) {
       each([&](int r, int v) { math::add_square(squares[r][v], acc[r][v]); });
@@ -184,15 +196,68 @@ LIMPET_FORMULA std::int64_t panels_size(std::int64_t columns, std::int64_t rows)
   return ceil_div(columns, lanes<S>) * lanes<S> * rows;
 }
 
-// Tiles are shared out in runs of a fixed order: long ones, so that a thread stays with the same packed columns, and
-// two per thread, so that one that was held up can be helped.
-LIMPET_FORMULA std::int64_t tile_runs(int threads) {
-  return threads == 1 ? 1 : 2 * threads;
+// Tiles are shared out in runs of a fixed order: each within one packed panel of columns, whose part of the result
+// then stays in the cache, and at least two per thread, so that one that was held up can be helped.
+LIMPET_FORMULA std::int64_t tile_runs(std::int64_t tiles, std::int64_t column_panels, int threads) {
+  return min_of(tiles, column_panels * ceil_div(2 * threads, column_panels));
 }
 
 // Threads worth waking for `work` multiplications. Results do not depend on it.
 LIMPET_FORMULA int worthwhile(int threads, std::int64_t work) {
   return work < 200000 ? 1 : threads;
+}
+
+// `count` neighbouring values per place into [places, width]. Between `count` and `width` anything may lie: those
+// products are not kept. `width`: whole vectors, or kMR.
+template <class Stored, class S>
+void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std::int64_t places, std::int64_t count,
+          std::int64_t width, bool square, S* to) {
+  if constexpr (sizeof(Stored) == sizeof(S)) {
+    if (step == 1 && width == kMR && count == kMR) {  // in two vectors, which the compiler finds no way to by itself
+      static_assert(kMR == 6, "4 + 2");
+      typedef S Four __attribute__((vector_size(4 * sizeof(S))));
+      typedef S Two __attribute__((vector_size(2 * sizeof(S))));
+      for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += kMR) {
+        Four four;
+        Two two;
+        std::memcpy(&four, from, sizeof four);
+        std::memcpy(&two, from + 4, sizeof two);
+        if (square) four *= four, two *= two;
+        std::memcpy(to, &four, sizeof four);
+        std::memcpy(to + 4, &two, sizeof two);
+      }
+      return;
+    }
+  }
+  if (step == 1 && width % lanes<S> == 0 && count == width) {
+    for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += width)
+      for (std::int64_t v = 0; v < width; v += lanes<S>) {
+        const Vector<S> x = load(from + v);
+        store<S>(square ? x * x : x, to + v);
+      }
+    return;
+  }
+  if (place_stride == 1 && step != 1 && width % lanes<S> == 0 && places >= lanes<S>) {  // neighbouring places
+    for (std::int64_t v = 0; v < width; v += lanes<S>)
+      for (std::int64_t block = 0; block < places; block += lanes<S>) {
+        const std::int64_t t = min_of(block, places - lanes<S>);  // the last block may overlap the one before it
+        Vector<S> values[lanes<S>];
+        for (int i = 0; i < lanes<S>; ++i) {
+          values[i] = load(from + min_of(v + i, count - 1) * step + t);
+          if (square) values[i] *= values[i];
+        }
+        transpose<S>(values);
+        for (int i = 0; i < lanes<S>; ++i) store<S>(values[i], to + (t + i) * width + v);
+      }
+    return;
+  }
+  for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += width) {
+    for (std::int64_t i = 0; i < count; ++i) {
+      const S x = widen(from[i * step]);
+      to[i] = square ? x * x : x;
+    }
+    for (std::int64_t i = count; i < width; ++i) to[i] = 0;
+  }
 }
 
 }  // namespace

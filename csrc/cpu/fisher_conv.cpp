@@ -65,19 +65,12 @@ void pack_columns(const ConvArgs& args, const Stored* from, std::int64_t place0,
   const std::int64_t step = args.output_grad_strides[1];
   const std::int64_t* const strides = args.output_grad_strides + 2;
   const std::int64_t y2_size = args.output_size[2], y1_size = args.output_size[1];
-  for (std::int64_t t = 0; t < places;) {  // a line of the output at a time
+  const bool flat = strides[1] == strides[2] * y2_size && strides[0] == strides[1] * y1_size;
+  for (std::int64_t t = 0; t < places;) {  // a line of the output at a time, or all where one follows the other
     const std::int64_t place = place0 + t, y2 = place % y2_size, y1 = place / y2_size % y1_size;
-    const std::int64_t run = min_of(y2_size - y2, places - t);
+    const std::int64_t run = flat ? places : min_of(y2_size - y2, places - t);
     const Stored* const line = from + place / y2_size / y1_size * strides[0] + y1 * strides[1] + y2 * strides[2];
-    for (std::int64_t i = 0; i < run; ++i) {
-      S* const row = to + (t + i) * width;
-      const Stored* const pixel = line + i * strides[2];
-      if (step == 1)
-        for (std::int64_t c = 0; c < count; ++c) row[c] = widen(pixel[c]);
-      else
-        for (std::int64_t c = 0; c < count; ++c) row[c] = widen(pixel[c * step]);
-      for (std::int64_t c = count; c < width; ++c) row[c] = 0;
-    }
+    pack(line, step, strides[2], run, count, width, false, to + t * width);
     t += run;
   }
 }
@@ -133,7 +126,8 @@ void contract(const ConvArgs& args) {
     });
 
     // Tiles are numbered group by group, column panel by column panel.
-    const std::int64_t tiles = args.groups * panels * row_panels, tile_jobs = min_of(tiles, tile_runs(threads));
+    const std::int64_t tiles = args.groups * panels * row_panels,
+                       tile_jobs = tile_runs(tiles, args.groups * panels, threads);
     parallel_for(threads, tile_jobs, [&](std::int64_t job, int) {
       const std::int64_t tile0 = tiles * job / tile_jobs, tile1 = tiles * (job + 1) / tile_jobs;
       for (std::int64_t chunk = 0; chunk * chunks.samples < batch; ++chunk)
