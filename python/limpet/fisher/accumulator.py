@@ -13,6 +13,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from limpet import _checks
 from limpet.fisher import batches as batch_reading
+from limpet.fisher import checks
 from limpet.fisher.batched import Batched
 from limpet.fisher.batches import Batch
 from limpet.fisher.checks import buffers_kept, tracked_parameters
@@ -67,6 +68,8 @@ class FisherAccumulator:
             warnings.warn(_BATCHED, UserWarning, stacklevel=2)
         self._num_samples = 0
         self._torn: int | None = None  # the batch of which sums may hold a part
+        self._standing: list[Any] | None = None  # the model's when it was last looked at, and
+        self._stood: Any = None  # what it names by ``id``
         self._computation = self._new_computation(self._seed)
 
     @property
@@ -236,7 +239,7 @@ class FisherAccumulator:
         computation = self._new_computation(progress["seed"])
         computation.sums.load(progress["running"], progress["totals"], progress["num_batches"])
         computation.loss_scale.scale = progress["loss_scale"]
-        self._computation, self._torn = computation, None
+        self._computation, self._torn, self._standing = computation, None, None
         self._take_over(progress["routes"])
 
     def _routes(self) -> dict[str, str]:
@@ -269,6 +272,9 @@ class FisherAccumulator:
 
     def _require_same_parameters(self) -> None:
         """Require the parameters that there are sums for, where those sums are."""
+        standing = checks.standing(self._model)
+        if standing == self._standing:
+            return
         params = _parameters(self._model)
         for name in [*self._params, *params]:
             p, total = params.get(name), self._computation.sums.running.get(name)
@@ -279,6 +285,7 @@ class FisherAccumulator:
             else:
                 continue
             raise RuntimeError(f"parameter {name!r} {what}: the parameters must stay while batches are added")
+        self._standing, self._stood = standing, (list(self._model.modules()), params)
 
     def _read_state(self, name: str, state: Any) -> dict[str, Any]:
         """A state, checked against this accumulator; its mappings are new ones, its tensors are not."""

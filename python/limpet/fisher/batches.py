@@ -141,16 +141,13 @@ def _random_state(device: torch.device) -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
 
 
-def tensors(tree: Any) -> Iterator[Tensor]:
+def tensors(tree: Any) -> list[Tensor]:
     """Every tensor of a structure of mappings, tuples and lists."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from tensors(value)
-    elif isinstance(tree, (tuple, list)):
-        for value in tree:
-            yield from tensors(value)
+        return [tree]
+    if isinstance(tree, Mapping):
+        tree = tuple(tree.values())
+    return [t for value in tree for t in tensors(value)] if isinstance(tree, (tuple, list)) else []
 
 
 def mapped(function: Callable[[Tensor], Tensor], tree: Any) -> Any:

@@ -48,6 +48,32 @@ def tracked_parameters(model: Any) -> dict[str, nn.Parameter]:
     return params
 
 
+def standing(model: nn.Module) -> list[Any]:
+    """What :func:`tracked_parameters` depends on: while it is the same (with ``==``), so is the answer.
+
+    Modules and parameters are named by their ``id``: whoever keeps the answer keeps them, too.
+    """
+    found: list[Any] = [torch.is_inference_mode_enabled()]
+    modules: list[nn.Module | None] = [model]
+    seen = set()
+    for module in modules:
+        if module is None or module in seen:
+            continue
+        seen.add(module)
+        found += (id(module), module.training)
+        if isinstance(module, _MAY_BE_REFUSED):
+            found += (
+                getattr(module, "p", None),
+                getattr(module, "max_norm", None),
+                id(module._buffers.get("running_mean")),
+            )
+        for p in module._parameters.values():
+            if p is not None:
+                found += (id(p), p.requires_grad, p.dtype, p.device, p.shape)
+        modules += module._modules.values()
+    return found
+
+
 def _refuse_module(name: str, module: nn.Module) -> None:
     if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
         what = (

@@ -7,10 +7,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Set
 from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from limpet._launch import keep_freed_memory
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.contributions import Contribution
 from limpet.fisher.layout import Layout
@@ -26,10 +28,20 @@ from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
 
+_PLANS = 64  # kept at a time: a batch of another length or size has another
 _ROUNDS = 4  # of probing: each may find calls that compute parameters from parameters, whose uses the next one sees
 
 Kinds = dict[str, dict[Operand, list[type[Contribution]]]]  # by parameter and operand, each use's kind
+_Calls = tuple[tuple[Key, torch.Size], ...]  # of a forward pass
 Behind = dict[int, frozenset[str]]  # by the place of a computed tensor, the parameters it was computed from
+
+
+class _Plan(NamedTuple):
+    """What is done in batches of these calls."""
+
+    calls: _Calls
+    size: tuple[int, int]  # N, K
+    uses: Uses
 
 
 class Computation:
@@ -39,10 +51,13 @@ class Computation:
         self._model, self._objective, self._params = model, objective, params
         self._names = {id(p): name for name, p in params.items()}
         self._device = next(iter(params.values())).device
+        if self._device.type == "cpu":
+            keep_freed_memory()
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
         self._checked: set[int] = set()  # of each checked batch, the shapes of its calls and what decided (hashed)
+        self._plans: dict[int, _Plan] = {}  # by the same, what is done in such a batch
         self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
         self._mixing = Mixing()
         self.loss_scale = LossScale()
@@ -67,15 +82,20 @@ class Computation:
 
     def _add_fused(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> Tensor:  # [N, K]
         probe = self._probe(batch) if batch.size > 1 and not self._layouts else None
-        recorder, uses, losses = self._forward(batch, sums)
+        recorder, losses = self._forward(batch)
+        if probe is None and (uses := self._planned(recorder, losses, batch.size, sums)) is not None:
+            self._differentiate(losses, recorder, uses, scale)
+            self._keep_plan(recorder, losses, uses, batch.size)
+            return losses.detach()
         if batch.size > 1 and probe is None and self._unknown(recorder, batch.size):
             declined = set(self._declined)
             probe = self._probe(batch)
             if declined != self._declined:
-                recorder, uses, losses = self._forward(batch, sums)
+                recorder, losses = self._forward(batch)
         if probe is not None:
             same_loss(probe.losses, losses.detach()[probe.samples.to(losses.device)], batch, probe.samples)
             self._mixing.learn(probe.spans, recorder.spans)
+        uses = self._uses(recorder, losses, sums)
         kinds, behind = self._settle(recorder, losses, uses, batch.size)
         checked = self._is_checked(recorder, batch.size)
         check = None
@@ -83,7 +103,8 @@ class Computation:
             # Its own pass serves the check, as nothing is lost if that fails. Another forward pass costs less than
             # the memory of a graph that is kept: then the largest gradients would be held beside the activations.
             check = RowCheck(losses, recorder, uses.splits, scale, keep=False)
-            recorder, uses, losses = self._forward(batch, sums)
+            recorder, losses = self._forward(batch)
+            uses = self._uses(recorder, losses, sums)
             kinds, behind = self._settle(recorder, losses, uses, batch.size)
             recorder.on_backward = check.before(uses.arrived)
         elif checked:
@@ -93,18 +114,22 @@ class Computation:
         self._plan(recorder, uses, kinds, behind)
         if len(self.slow) == len(self._params):
             return losses.detach()
+        self._differentiate(losses, recorder, uses, scale)
+        if check is not None and self._heed(check, recorder, behind):
+            for total in sums.values():
+                total.zero_()
+            return self._add_fused(batch, sums, scale)
+        self._keep_plan(recorder, losses, uses, batch.size)
+        return losses.detach()
+
+    def _differentiate(self, losses: Tensor, recorder: Recorder, uses: Uses, scale: float) -> None:  # losses [N, K]
         columns = losses.unbind(dim=1)
         for column in columns:
             last = column is columns[-1]
             gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
             uses.finish(last)
-        if check is not None and self._heed(check, recorder, behind):
-            for total in sums.values():
-                total.zero_()
-            return self._add_fused(batch, sums, scale)
-        return losses.detach()
 
-    def _forward(self, batch: Batch, sums: Mapping[str, Tensor]) -> tuple[Recorder, Uses, Tensor]:  # losses [N, K]
+    def _forward(self, batch: Batch) -> tuple[Recorder, Tensor]:  # losses [N, K]
         recorder = Recorder(self._names, self._declined, lambda *_: None)
         with recorder:
             losses = losses_of(self._model, batch, self._objective)
@@ -113,11 +138,42 @@ class Computation:
                 f"the losses of batch {batch.number} do not depend on any parameter that requires a gradient: "
                 "is something detached or under no_grad?"
             )
+        return recorder, losses
+
+    def _uses(self, recorder: Recorder, losses: Tensor, sums: Mapping[str, Tensor]) -> Uses:  # losses [N, K]
         uses = Uses(sums, self._params, recorder.operands.computed, losses.shape[1])
         recorder.on_backward = uses.arrived
-        return recorder, uses, losses
+        return uses
+
+    def _planned(
+        self,
+        recorder: Recorder,
+        losses: Tensor,  # [N, K]
+        samples: int,
+        sums: Mapping[str, Tensor],
+    ) -> Uses | None:
+        """What was settled for an earlier batch of the same calls, where nothing is left to find out about this one."""
+        plan = self._plans.pop(_seen(recorder), None)
+        if plan is None or plan.uses.sums is not sums or plan.size != (samples, losses.shape[1]):
+            return None
+        if plan.calls != _calls(recorder) or self._mixing.possible(recorder.spans, samples) or self._leaves(losses):
+            return None
+        self._refuse_hooks(plan.uses.materialised)
+        recorder.on_backward = plan.uses.arrived
+        return plan.uses
+
+    def _keep_plan(self, recorder: Recorder, losses: Tensor, uses: Uses, samples: int) -> None:
+        """Keep what was settled, where it does not depend on the batch's values: it costs as much as a small layer."""
+        if self.slow or recorder.operands.computed or uses.sums is not self.sums.running:
+            return
+        calls = _calls(recorder)
+        if self._doubtful.isdisjoint(key for key, _ in calls):
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            self._plans[_seen(recorder)] = _Plan(calls, (samples, losses.shape[1]), uses)
 
     def _probe(self, batch: Batch) -> Probe:
+        self._plans.clear()
         for _ in range(_ROUNDS):
             probe = Probe(self._model, batch, self._objective, self._names, self._declined)
             self._layouts.update(probe.layouts)
@@ -174,7 +230,7 @@ class Computation:
         They are where shapes are new, or the values by which rows are picked, where a function combined or moved the
         rows of several samples, and where a call was not seen to depend on its samples.
         """
-        seen = hash((tuple((key, lead) for key, _, lead in recorder.calls), tuple(recorder.decided)))
+        seen = _seen(recorder)
         known = seen in self._checked
         self._checked.add(seen)
         doubtful = any(key in self._doubtful for key, _, _ in recorder.calls)
@@ -182,6 +238,7 @@ class Computation:
 
     def _heed(self, check: RowCheck, recorder: Recorder, behind: Behind) -> bool:
         """Let parameters whose rows lie elsewhere go the per-sample way; whether there were any."""
+        self._plans.clear()
         wrong = check.wrong()
         names = {
             name
@@ -234,6 +291,14 @@ def _uncompiled() -> Iterator[None]:
         return
     with torch.compiler.set_stance("force_eager"):
         yield
+
+
+def _calls(recorder: Recorder) -> _Calls:
+    return tuple((key, lead) for key, _, lead in recorder.calls)
+
+
+def _seen(recorder: Recorder) -> int:
+    return hash((_calls(recorder), tuple(recorder.decided)))
 
 
 def _parameters(operand: Operand, behind: Behind) -> frozenset[str]:

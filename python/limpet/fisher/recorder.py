@@ -188,14 +188,13 @@ def _no(*_: Any) -> bool:
 def leaves(root: Tensor) -> set[int]:
     """``id`` of every tensor that an ordinary backward from ``root`` would give a gradient."""
     found: set[int] = set()
-    seen = {root.grad_fn}
-    stack = [root.grad_fn] if root.grad_fn is not None else []
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.add(id(variable))
-        for child, _ in node.next_functions:
+    stack: list[Any] = [root.grad_fn]
+    seen = set(stack)
+    for node in stack:
+        following = node.next_functions if node is not None else ()
+        if not following:  # only these can be leaves; asking the others would cost as much as all else here
+            found.add(id(getattr(node, "variable", None)))
+        for child, _ in following:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)

@@ -20,7 +20,7 @@ _BYTES = 64 << 20  # of per-sample gradients formed at a time
 
 
 class Uses:
-    """Takes each call's output gradient, in backward.
+    """Takes each call's output gradient, in backward; after :meth:`finish` it is ready for a batch of the same calls.
 
     Args:
         sums: by parameter's name, the sum to add to.
@@ -32,7 +32,7 @@ class Uses:
     def __init__(
         self, sums: Mapping[str, Tensor], params: Mapping[str, Tensor], computed: Sequence[Tensor], columns: int
     ) -> None:
-        self._sums, self._params, self._computed, self._columns = sums, params, computed, columns
+        self.sums, self._params, self._computed, self._columns = sums, params, computed, columns
         self.splits: dict[Key, Split] = {}
         self._gradients: dict[Operand, list[_Gradient]] = defaultdict(list)
         self._all: list[_Gradient] = []
@@ -47,7 +47,7 @@ class Uses:
                 self.materialised.add(name)
             region = None if whole else operands[0].region
             gradient = _Gradient(
-                self._sums, name, region, self._params[name], self._computed, len(found), whole, self._columns
+                self.sums, name, region, self._params[name], self._computed, len(found), whole, self._columns
             )
             self._all.append(gradient)
             for operand in operands:
@@ -100,7 +100,8 @@ class _Gradient:
         if self._parts:
             self._add()
         if last and self._squares is not None and self._input is not None:
-            Matrix(self._squares.sqrt(), self._input.to(self._squares.dtype)).add_to(self._total())
+            squares, input, self._squares, self._input = self._squares, self._input, None, None
+            Matrix(squares.sqrt(), input.to(squares.dtype)).add_to(self._total())
 
     def _total(self) -> Tensor:
         total = self._sums[self._name]
