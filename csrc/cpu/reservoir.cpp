@@ -18,7 +18,7 @@ constexpr std::int64_t kItems = 16384;          // of a chunk that one thread de
 constexpr std::int64_t kStride = 1024;          // items that share their bounds
 constexpr std::int64_t kSerialBytes = 1 << 20;  // copied by one thread: less than this is not worth waking another
 
-constexpr std::int64_t kGatheredBytes = 1 << 16;  // the same for rows that lie anywhere, which wait for memory
+constexpr std::int64_t kGatheredBytes = 1 << 17;  // the same for rows that are read from anywhere
 constexpr std::int64_t kFetched = 1 << 12;        // bytes of a row
 
 struct Accepted {
@@ -186,24 +186,18 @@ LIMPET_FORMULA void fetch(const char* row, std::int64_t row_bytes) {
 
 void gather_rows(const RowField* fields, int num_fields, std::int64_t ahead, const std::int64_t* index,
                  std::int64_t count, int threads) {
-  std::int64_t bytes = 1;
+  std::int64_t bytes = 0;
   for (int f = 0; f < num_fields; ++f) bytes += fields[f].row_bytes;
-  const std::int64_t rows = 1 + kGatheredBytes / bytes;
-  // Runs of gathered rows, which take longest and so come first, then runs of new ones, which lie together.
-  const std::int64_t new_runs = (ahead + rows - 1) / rows, old_runs = (count + rows - 1) / rows;
-  parallel_for(threads, new_runs + old_runs, [&](std::int64_t run, int) {
-    const bool gathered = run < old_runs;
-    const std::int64_t begin = (gathered ? run : run - old_runs) * rows, all = gathered ? count : ahead;
-    const std::int64_t end = begin + rows < all ? begin + rows : all;
+  parallel_shares((ahead + count) * bytes < kGatheredBytes ? 1 : threads, [&](std::int64_t share, std::int64_t shares) {
     for (int f = 0; f < num_fields; ++f) {
       const RowField& field = fields[f];
       const auto size = static_cast<std::size_t>(field.row_bytes);
-      if (!gathered) {
-        std::memcpy(row(field.batch, begin, field.row_bytes), row(field.ahead, begin, field.row_bytes),
-                    static_cast<std::size_t>(end - begin) * size);
-        continue;
-      }
-      for (std::int64_t k = begin; k < end; ++k) {
+      const std::int64_t first = ahead * share / shares, last = ahead * (share + 1) / shares;
+      if (last > first)
+        std::memcpy(row(field.batch, first, field.row_bytes), row(field.ahead, first, field.row_bytes),
+                    static_cast<std::size_t>(last - first) * size);
+      const std::int64_t end = count * (share + 1) / shares;
+      for (std::int64_t k = count * share / shares; k < end; ++k) {
         if (k + 2 < end) fetch(row(field.stored, index[k + 2], field.row_bytes), field.row_bytes);
         std::memcpy(row(field.batch, ahead + k, field.row_bytes), row(field.stored, index[k], field.row_bytes), size);
       }

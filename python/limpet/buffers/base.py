@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
-from limpet import _checks
+from limpet import _checks, _core, _launch
 from limpet.buffers import files
 from limpet.buffers.mapped import Folder, Header
 from limpet.buffers.memory import require_room
 from limpet.buffers.structure import Structure, require_alike, row_of
-from limpet.ops.reservoir import Row, gather_rows, mixed_unchecked, sample_unchecked, seed_of
+from limpet.ops.reservoir import Row, gather_rows, mixed_unchecked, plain_rows, sample_unchecked, seed_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,6 +45,7 @@ class Buffer(ABC):
     _rows: list[Row]  # of each field
     _known: list[Any]  # what was looked at in the last batch that was like the first
     _here: bool  # whether that one was on the buffer's device, and without gradients
+    _plain: _core.PlainRows | None  # takes batches and makes samples at once, where that is possible
 
     def __init__(
         self,
@@ -107,6 +109,8 @@ class Buffer(ABC):
         """
         if self._structure is None and _checks.integer("count", count, minimum=0) == 0:
             raise RuntimeError("the buffer has seen no batch yet")
+        if (plain := self._core_rows()) is not None and self._structure is not None:
+            return self._structure.from_core(self._joined(plain, None, count))
         return self._structured(self._replayed([], 0, count))
 
     def sample_into(
@@ -133,12 +137,16 @@ class Buffer(ABC):
                 raise ValueError(f"fraction must be below 1, got {fraction}")
         if self._structure is None:
             return batch
+        if transform is None and (plain := self._core_rows()) is not None:
+            rows = self._structure.for_core(batch)
+            if (count := plain.count(rows)) >= 0:
+                return self._structure.from_core(self._joined(plain, rows, self._share(count, fraction)))
         new = self._checked(batch)
         fused = self._here and transform is None
         if not self._here and self.storage == "device":
             new = [field.to(self._device) for field in new]
         count = new[0].shape[0]
-        replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
+        replayed = self._share(count, fraction)
         if fused:
             return self._structured(self._replayed(new, count, replayed))
         sampled = self.sample(replayed)
@@ -173,6 +181,7 @@ class Buffer(ABC):
         self._set_notes([note.to(device) for note in self._notes()])
         self._seen = self._seen.to(device)
         self._device, self._known = device, []
+        self._plain = self._plain_rows()
         return self
 
     def state_dict(self) -> dict[str, Any]:
@@ -252,6 +261,7 @@ class Buffer(ABC):
             buffer._rows = [row_of(dtype, shape) for dtype, shape in header.rows]
             buffer._adopt(folder.tensors)
         buffer._seen, buffer._count, buffer._draws = folder.seen, int(folder.seen), folder.draws
+        buffer._plain = buffer._plain_rows()
         return buffer
 
     def flush(self) -> None:
@@ -266,6 +276,13 @@ class Buffer(ABC):
     def __repr__(self) -> str:
         return f"{type(self).__name__}(capacity={self.capacity}, seed={self.seed}, len={len(self)}, seen={self.seen})"
 
+    def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
+        return {**self.__dict__, "_plain": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain = self._plain_rows()
+
     def _forget(self) -> None:
         """Be without items and without structure."""
         self._count = 0
@@ -275,7 +292,7 @@ class Buffer(ABC):
         self._fields, self._rows, self._known, self._here = [], [], [], True
         self._set_notes([torch.empty(0, dtype=dtype, device=_CPU) for dtype in self._NOTES.values()])
 
-    def _begin(self, batch: Any) -> None:
+    def _begin(self, batch: Any) -> Structure:
         """Take structure, dtypes and shapes from the first batch."""
         structure, fields = self._first(batch)
         if self._folder is not None:
@@ -283,6 +300,7 @@ class Buffer(ABC):
         self._allocate(fields, self._device or fields[0].device)
         self._structure = structure
         self._settle()
+        return structure
 
     @staticmethod
     def _first(batch: Any) -> tuple[Structure, list[Tensor]]:
@@ -328,6 +346,7 @@ class Buffer(ABC):
 
     def _settle(self) -> None:
         """What was allocated last is the buffer from here on, in its folder too."""
+        self._plain = self._plain_rows()
         if self._folder is not None:
             structure = None if self._structure is None else self._structure.to_text()
             rows = [(dtype, shape) for dtype, shape, _ in self._rows] if structure is not None else []
@@ -350,6 +369,14 @@ class Buffer(ABC):
         self._known = known
         self._here = all(field.device == self._device and not field.requires_grad for field in fields)
         return fields
+
+    def _plain_rows(self) -> _core.PlainRows | None:
+        if self._structure is None or self._device != _CPU or self.storage == "pinned":
+            return None
+        return plain_rows(self._structure.container, self._fields)
+
+    def _core_rows(self) -> _core.PlainRows | None:
+        return None if is_dynamo_compiling() else self._plain
 
     def _set_seen(self, count: int) -> None:
         self._count = count
@@ -385,8 +412,16 @@ class Buffer(ABC):
             raise ValueError(f"count must be at most the {held} items held, got {count}")
         return held
 
+    def _share(self, count: int, fraction: float) -> int:
+        """How many items are replayed beside new ones."""
+        return min(len(self), round(count * fraction / (1.0 - fraction)))
+
+    def _joined(self, plain: _core.PlainRows, new: Any, count: int) -> Any:  # tensors [*, *] -> [* + count, *]
+        """New rows, and behind them those of different items held, as the core takes and gives them."""
+        return plain.gathered(new, self._drawn(count), _launch.threads())
+
     def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
-        """New rows, and behind them those of different items held."""
+        """The same by torch's own functions."""
         return mixed_unchecked(new, self._fields, self._drawn(count), ahead, self.storage == "pinned")
 
     def _write(self, slots: Tensor, rows: list[Tensor], seen: int) -> None:  # int64 [count]; [count, *] each

@@ -98,7 +98,7 @@ class KeyedBuffer(OrderedBuffer):
         self._replace(self.capacity, first + other.seen, parts)
 
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
-        return {**self.__dict__, "_index": None}
+        return {**super().__getstate__(), "_index": None}
 
     def _insert(self, batch: Any, fields: list[Tensor], group: Tensor | None, weight: Tensor | None) -> None:
         """Insert items, whose groups and weights have been checked."""

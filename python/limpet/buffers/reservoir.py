@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from limpet import _checks, ops
+from limpet import _checks, _core, _launch, ops
 from limpet.buffers import ranks
 from limpet.buffers.base import Buffer
-from limpet.ops.reservoir import insert_unchecked_, sampled_unchecked
+from limpet.ops.reservoir import insert_dispatched_
 
 
 class ReservoirBuffer(Buffer):
@@ -72,6 +72,12 @@ class ReservoirBuffer(Buffer):
         """
         if self._structure is None:
             self._begin(batch)
+        elif self._folder is None and (plain := self._core_rows()) is not None:
+            rows = self._structure.for_core(batch)
+            count = plain.insert(rows, self._items, self._seen, self.seed, _launch.threads())
+            if count >= 0:
+                self._count += count
+                return
         fields = self._checked(batch)
         count = fields[0].shape[0]
         if not count:
@@ -79,10 +85,8 @@ class ReservoirBuffer(Buffer):
         if self.storage == "mmap" or (self.storage == "pinned" and not self._here):
             self._add_accepted(fields, count)
             return
-        if not self._here:
-            fields = [field.to(self._device) for field in fields]
-        reservoir = self._fields, self._items, self._seen
-        insert_unchecked_(*reservoir, fields, self._rows, self.capacity, count, self.seed)
+        fields = [field.detach().to(self._device) for field in fields]
+        insert_dispatched_(self._fields, self._items, self._seen, fields, self.seed)
         self._count += count
 
     def _add_accepted(self, fields: list[Tensor], count: int) -> None:
@@ -95,9 +99,9 @@ class ReservoirBuffer(Buffer):
             stored[held : held + slots.numel() - taken] = new[taken:]
         self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
 
-    def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
-        draws = self._at_most_held(count), count, self.seed, self._next_draw()
-        return sampled_unchecked(new, self._fields, self._rows, *draws, ahead, self.storage == "pinned")
+    def _joined(self, plain: _core.PlainRows, new: Any, count: int) -> Any:  # tensors [*, *] -> [* + count, *]
+        held = self._at_most_held(count)
+        return plain.sampled(new, held, count, self.seed, self._next_draw(), _launch.threads())
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.

@@ -8,9 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from limpet import _checks
+from limpet import _checks, _core, _launch
 from limpet.buffers.ordered import OrderedBuffer
-from limpet.ops.reservoir import copy_unchecked_
 
 
 class RingBuffer(OrderedBuffer):
@@ -70,19 +69,30 @@ class RingBuffer(OrderedBuffer):
             ValueError: its structure or the shape of its rows differs from the first batch's, its tensors have not as
                 many rows, or (for the first batch) there is not enough memory. Nothing has changed then.
         """
-        if self._structure is None:
-            self._begin(batch)
-        fields = self._like_first(batch)
-        count, held = fields[0].shape[0], self._held
+        structure = self._structure or self._begin(batch)
+        rows, plain = structure.for_core(batch), self._core_rows()
+        count = -1 if plain is None else plain.count(rows)
+        if count < 0:
+            rows, plain = self._like_first(batch), None
+            count = rows[0].shape[0]
+        held = self._held
         new = min(count, self.capacity)  # of a larger batch only its end
         first = (self._oldest + held + count - new) % self.capacity
         ahead = min(new, self.capacity - first)  # rows until the end of the ring
-        copy_unchecked_(self._fields, first, fields, count - new, ahead)
+        self._put(plain, rows, count - new, ahead, first)
         if ahead < new:
-            copy_unchecked_(self._fields, 0, fields, count - new + ahead, new - ahead)
+            self._put(plain, rows, count - new + ahead, new - ahead, 0)
         self._oldest = (self._oldest + max(0, held + count - self.capacity)) % self.capacity
         self._held = min(self.capacity, held + count)
         self._count += count
+
+    def _put(self, plain: _core.PlainRows | None, rows: Any, begin: int, count: int, slot: int) -> None:
+        """Copy rows of a batch, from ``begin`` on, into the slots from ``slot`` on."""
+        if plain is not None:
+            plain.put(rows, begin, count, slot, _launch.threads())
+            return
+        for field, new in zip(self._fields, rows, strict=True):
+            field[slot : slot + count] = new.detach()[begin : begin + count]
 
     def resize(self, capacity: int) -> None:
         """Change the capacity; a smaller ring keeps the newest items.
