@@ -164,15 +164,30 @@ void sample_without_replacement(std::int64_t population, std::int64_t count, std
   while ((std::int64_t{1} << bits) < 2 * count) ++bits;
   table.assign(std::size_t{1} << bits, Moved{});
   const std::size_t mask = table.size() - 1;
-  const auto at = [&](std::int64_t place) -> Moved& {
+  const auto at_place = [&](std::int64_t place) -> Moved& {
     std::size_t k = static_cast<std::size_t>(static_cast<std::uint64_t>(place) * 0x9E3779B97F4A7C15ull >> (64 - bits));
     while (table[k].place != -1 && table[k].place != place) k = (k + 1) & mask;
     return table[k];
   };
+  Words lane;
+  for (int k = 0; k < kBlocks; ++k) lane[k] = static_cast<std::uint64_t>(k);
+  const math::PhiloxWords counter = math::draw_counter(draw, 0, math::Purpose::sample, 0);
+  PhiloxBlocks drawn;
   for (std::int64_t step = 0; step < count; ++step) {
-    const Moved own = at(step);
-    const std::int64_t target = math::shuffle_target(step, population, seed, draw);
-    Moved& other = at(target);
+    constexpr std::int64_t steps = 2 * kBlocks;  // a block serves two
+    const std::int64_t at = step % steps / 2;
+    if (step % steps == 0)
+      drawn = philox({{Words{} + counter.word[0], Words{} + counter.word[1],
+                       lane + static_cast<std::uint64_t>(step) / 2, Words{} + counter.word[3]}},
+                     seed);
+    const std::uint64_t high = drawn.word[step % 2 * 2][at] & 0xFFFFFFFFu,
+                        low = drawn.word[step % 2 * 2 + 1][at] & 0xFFFFFFFFu;
+    const auto range = static_cast<std::uint64_t>(population - step);
+    const std::uint64_t value = (high << 31 | low >> 1) / math::run_length(range);
+    const std::int64_t target =
+        value < range ? step + static_cast<std::int64_t>(value) : math::shuffle_target(step, population, seed, draw);
+    const Moved own = at_place(step);
+    Moved& other = at_place(target);
     sample[step] = other.place == -1 ? target : other.value;
     other = {target, own.place == -1 ? step : own.value};
   }

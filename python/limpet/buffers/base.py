@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
-from limpet import _checks, _core, _launch
+from limpet import _checks, _core
 from limpet.buffers import files
 from limpet.buffers.mapped import Folder, Header
 from limpet.buffers.memory import require_room
@@ -107,10 +107,13 @@ class Buffer(ABC):
             ValueError: ``count`` is negative, or the buffer holds fewer items.
             RuntimeError: nothing was added yet, so that there is no structure to give.
         """
-        if self._structure is None and _checks.integer("count", count, minimum=0) == 0:
+        held = len(self)
+        if _checks.integer("count", count, minimum=0) > held:
+            raise ValueError(f"count must be at most the {held} items held, got {count}")
+        if self._structure is None:
             raise RuntimeError("the buffer has seen no batch yet")
-        if (plain := self._core_rows()) is not None and self._structure is not None:
-            return self._structure.from_core(self._joined(plain, None, count))
+        if (plain := self._core_rows()) is not None:
+            return self._structure.from_core(self._joined(plain, None, held, count))
         return self._structured(self._replayed([], 0, count))
 
     def sample_into(
@@ -140,13 +143,15 @@ class Buffer(ABC):
         if transform is None and (plain := self._core_rows()) is not None:
             rows = self._structure.for_core(batch)
             if (count := plain.count(rows)) >= 0:
-                return self._structure.from_core(self._joined(plain, rows, self._share(count, fraction)))
+                held = len(self)
+                replayed = min(held, round(count * fraction / (1.0 - fraction)))
+                return self._structure.from_core(self._joined(plain, rows, held, replayed))
         new = self._checked(batch)
         fused = self._here and transform is None
         if not self._here and self.storage == "device":
             new = [field.to(self._device) for field in new]
         count = new[0].shape[0]
-        replayed = self._share(count, fraction)
+        replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
         if fused:
             return self._structured(self._replayed(new, count, replayed))
         sampled = self.sample(replayed)
@@ -403,22 +408,11 @@ class Buffer(ABC):
 
     def _drawn(self, count: int) -> Tensor:  # int64 [count]
         """Places of different items."""
-        return self._choice(self._at_most_held(count), count, self._seen.device)
+        return self._choice(len(self), count, self._seen.device)
 
-    def _at_most_held(self, count: int) -> int:
-        """Items held, once they are known to be as many as are asked for."""
-        held = len(self)
-        if _checks.integer("count", count, minimum=0) > held:
-            raise ValueError(f"count must be at most the {held} items held, got {count}")
-        return held
-
-    def _share(self, count: int, fraction: float) -> int:
-        """How many items are replayed beside new ones."""
-        return min(len(self), round(count * fraction / (1.0 - fraction)))
-
-    def _joined(self, plain: _core.PlainRows, new: Any, count: int) -> Any:  # tensors [*, *] -> [* + count, *]
-        """New rows, and behind them those of different items held, as the core takes and gives them."""
-        return plain.gathered(new, self._drawn(count), _launch.threads())
+    def _joined(self, plain: _core.PlainRows, new: Any, held: int, count: int) -> Any:
+        """New rows, and behind them ``count`` of the items held: as the core takes and gives them."""
+        return plain.gathered(new, self._drawn(count), torch.get_num_threads())
 
     def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
         """The same by torch's own functions."""

@@ -29,7 +29,7 @@ class KeyedBuffer(OrderedBuffer):
         super().__init__(capacity, seed=seed, device=device)
 
     def __len__(self) -> int:
-        return min(self.seen, self.capacity)
+        return min(self._count, self.capacity)
 
     @property
     def items(self) -> Tensor:  # int64 [len]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from limpet import _checks, _core, _launch, ops
+from limpet import _checks, _core, ops
 from limpet.buffers import ranks
 from limpet.buffers.base import Buffer
 from limpet.ops.reservoir import insert_dispatched_
@@ -60,7 +60,7 @@ class ReservoirBuffer(Buffer):
     _KIND = "reservoir"
 
     def __len__(self) -> int:
-        return min(self.seen, self.capacity)
+        return min(self._count, self.capacity)
 
     def add(self, batch: Any) -> None:  # tensors [count, *]
         """Let the buffer see the next items of the stream.
@@ -74,7 +74,7 @@ class ReservoirBuffer(Buffer):
             self._begin(batch)
         elif self._folder is None and (plain := self._core_rows()) is not None:
             rows = self._structure.for_core(batch)
-            count = plain.insert(rows, self._items, self._seen, self.seed, _launch.threads())
+            count = plain.insert(rows, self._items, self._seen, self.seed, torch.get_num_threads())
             if count >= 0:
                 self._count += count
                 return
@@ -99,9 +99,8 @@ class ReservoirBuffer(Buffer):
             stored[held : held + slots.numel() - taken] = new[taken:]
         self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
 
-    def _joined(self, plain: _core.PlainRows, new: Any, count: int) -> Any:  # tensors [*, *] -> [* + count, *]
-        held = self._at_most_held(count)
-        return plain.sampled(new, held, count, self.seed, self._next_draw(), _launch.threads())
+    def _joined(self, plain: _core.PlainRows, new: Any, held: int, count: int) -> Any:
+        return plain.sampled(new, held, count, self.seed, self._next_draw(), torch.get_num_threads())
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from limpet import _checks, _core, _launch
+from limpet import _checks, _core
 from limpet.buffers.ordered import OrderedBuffer
 
 
@@ -89,7 +89,7 @@ class RingBuffer(OrderedBuffer):
     def _put(self, plain: _core.PlainRows | None, rows: Any, begin: int, count: int, slot: int) -> None:
         """Copy rows of a batch, from ``begin`` on, into the slots from ``slot`` on."""
         if plain is not None:
-            plain.put(rows, begin, count, slot, _launch.threads())
+            plain.put(rows, begin, count, slot, torch.get_num_threads())
             return
         for field, new in zip(self._fields, rows, strict=True):
             field[slot : slot + count] = new.detach()[begin : begin + count]
