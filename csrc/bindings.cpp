@@ -421,6 +421,23 @@ void bind_keyed(py::module_& m) {
                           threads);
              *number += count;
            })
+      // Places, slots, keys and groups of the items that get a slot, in their order.
+      .def("choose",
+           [](cpu::KeyedIndex& index, Address group, Address weight, std::int64_t seen, std::int64_t count,
+              std::uint64_t seed, int threads) {
+             std::vector<cpu::KeyedIndex::Placed> placed;
+             {
+               const py::gil_scoped_release release;
+               placed = index.choose(
+                   {pointer<const std::int64_t>(group), pointer<const double>(weight), seen, count, seed}, threads);
+             }
+             std::array<Sizes, 4> columns;
+             for (const auto& row : placed) {
+               const std::int64_t values[] = {row.place, row.slot, row.key, row.group};
+               for (std::size_t k = 0; k < columns.size(); ++k) columns[k].push_back(values[k]);
+             }
+             return columns;
+           })
       .def("select", [](const cpu::KeyedIndex& index, Address places, std::int64_t count, Address slots) {
         index.select(pointer<const std::int64_t>(places), count, pointer<std::int64_t>(slots));
       });

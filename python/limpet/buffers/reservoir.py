@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
 from limpet import _checks, _core, ops
 from limpet.buffers import ranks
 from limpet.buffers.base import Buffer
+from limpet.buffers.stored import last_writers
 from limpet.ops.reservoir import insert_dispatched_
 
 
@@ -82,22 +83,12 @@ class ReservoirBuffer(Buffer):
         count = fields[0].shape[0]
         if not count:
             return
-        if self.storage == "mmap" or (self.storage == "pinned" and not self._here):
-            self._add_accepted(fields, count)
+        if self._by_rows():
+            slots, places = last_writers(ops.reservoir_slots(self.seen, count, self.capacity, self.seed, device="cpu"))
+            self._write(slots, [places + self.seen, *self._picked(fields, places)], count)
             return
-        fields = [field.detach().to(self._device) for field in fields]
-        insert_dispatched_(self._fields, self._items, self._seen, fields, self.seed)
+        insert_dispatched_(self._fields, self._items, self._seen, self._moved(fields), self.seed)
         self._count += count
-
-    def _add_accepted(self, fields: list[Tensor], count: int) -> None:
-        """The same for files, which want a journal, and for batches elsewhere: only rows that stay are moved."""
-        seen, held = self.seen, len(self)
-        slots, places = _last_writers(ops.reservoir_slots(seen, count, self.capacity, self.seed, device="cpu"))
-        rows = [places + seen, *(field.detach()[places.to(field.device)].to("cpu") for field in fields)]
-        taken = int((slots < held).sum())  # slots ascend; behind these come the free ones, in a row
-        for stored, new in zip([*self._notes(), *self._fields], rows, strict=True):
-            stored[held : held + slots.numel() - taken] = new[taken:]
-        self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
 
     def _joined(self, plain: _core.PlainRows, new: Any, held: int, count: int) -> Any:
         return plain.sampled(new, held, count, self.seed, self._next_draw(), torch.get_num_threads())
@@ -180,13 +171,4 @@ class ReservoirBuffer(Buffer):
             ValueError: structures, dtypes, shapes or capacities differ, or two processes passed over items by the same
                 seed's draws. It is raised on all of them, and nothing has changed then.
         """
-        ranks.merge(self, group)
-
-
-def _last_writers(slots: Tensor) -> tuple[Tensor, Tensor]:  # int64 [count] -> [written], [written]
-    """Slots that get an item, ascending, and the place of the last item that each gets."""
-    places = (slots >= 0).nonzero().squeeze(1)
-    slots, order = slots[places].sort(stable=True)
-    last = torch.ones_like(slots, dtype=torch.bool)
-    last[:-1] = slots[1:] != slots[:-1]
-    return slots[last], places[order[last]]
+        ranks.merge(self, group, ranks.uniform_parts)
