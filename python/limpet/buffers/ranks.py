@@ -105,9 +105,9 @@ def merge(buffer: Buffer, group: distributed.ProcessGroup | None, parts: Parts) 
     if buffer._structure is None:
         empty = [torch.empty(0, *shape, dtype=dtype, device=first.device) for dtype, shape, _ in first.rows]
         buffer._begin(first.structure.batch(empty))
-    _exchange(buffer, [one.seen for one in every], counts, slots, group)
     for _ in range(1 + len(every)):  # draws that may have been used up
         buffer._next_draw()
+    _exchange(buffer, [one.seen for one in every], counts, slots, group)
 
 
 def _require_alike(every: list[Described]) -> None:
