@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <utility>
 #include <vector>
 
@@ -99,18 +100,31 @@ class PlainRows {
     cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), count, nullptr, 0, threads);
   }
 
-  // A batch (or none), and behind it the rows of `replayed` of the first `population` slots, drawn without replacement.
-  py::object sampled(py::handle batch, std::int64_t population, std::int64_t replayed, std::uint64_t seed,
-                     std::uint64_t draw, int threads) const {
-    std::vector<std::int64_t> places(static_cast<std::size_t>(replayed));
-    cpu::kernels().sample_without_replacement(population, replayed, seed, draw, places.data());
-    return joined(batch, places.data(), replayed, threads);
+  // Rows of `count` of the first `population` slots, drawn without replacement.
+  py::object sampled(std::int64_t population, std::int64_t count, std::uint64_t seed, std::uint64_t draw,
+                     int threads) const {
+    return drawn(Fields(stored_.size()), 0, population, count, seed, draw, threads);
   }
 
-  // The same with the rows of given slots, int64 [replayed].
+  // A batch, and behind it such rows, as many as make up `fraction` of the whole, or all there are; None as for
+  // count().
+  py::object mixed(py::handle batch, double fraction, std::int64_t population, std::uint64_t seed, std::uint64_t draw,
+                   int threads) const {
+    Fields fields(stored_.size());
+    const std::int64_t ahead = read(batch, true, fields);
+    if (ahead < 0) return py::none();
+    const double share = std::nearbyint(static_cast<double>(ahead) * fraction / (1.0 - fraction));  // as Python rounds
+    const std::int64_t count = share < static_cast<double>(population) ? static_cast<std::int64_t>(share) : population;
+    return drawn(std::move(fields), ahead, population, count, seed, draw, threads);
+  }
+
+  // A batch that was counted (or none), and behind it the rows of given slots, int64 [count].
   py::object gathered(py::handle batch, py::handle slots, int threads) const {
     const dlpack::Tensor places = view(slots);
-    return joined(batch, static_cast<const std::int64_t*>(address(places)), places.shape[0], threads);
+    std::int64_t ahead = 0;
+    Fields fields = batch.is_none() ? Fields(stored_.size()) : counted(batch, &ahead);
+    return joined(std::move(fields), ahead, static_cast<const std::int64_t*>(address(places)), places.shape[0],
+                  threads);
   }
 
  private:
@@ -175,11 +189,19 @@ class PlainRows {
     for (std::size_t k = 0; k < fields.size(); ++k) fields[k].stored = address(view(stored_[k]));
   }
 
-  py::object joined(py::handle batch, const std::int64_t* places, std::int64_t replayed, int threads) const {
-    std::int64_t ahead = 0;
-    Fields fields = batch.is_none() ? Fields(stored_.size()) : counted(batch, &ahead);
+  py::object drawn(Fields fields, std::int64_t ahead, std::int64_t population, std::int64_t count, std::uint64_t seed,
+                   std::uint64_t draw, int threads) const {
+    std::vector<std::int64_t> places(static_cast<std::size_t>(count));
+    cpu::kernels().sample_without_replacement(population, count, seed, draw, places.data());
+    return joined(std::move(fields), ahead, places.data(), count, threads);
+  }
+
+  // Rows of a batch, whose addresses are in `fields`, and behind them those of `places`.
+  py::object joined(Fields fields, std::int64_t ahead, const std::int64_t* places, std::int64_t replayed,
+                    int threads) const {
     point_to_stored(fields);
     std::vector<py::object> rows;
+    rows.reserve(fields.size());
     for (std::size_t k = 0; k < fields.size(); ++k) {
       rows.push_back(empty(types_[k], ahead + replayed));
       fields[k].row_bytes = types_[k].bytes;
@@ -224,6 +246,7 @@ void bind_rows(py::module_& m) {
       .def("insert", &PlainRows::insert)
       .def("put", &PlainRows::put)
       .def("sampled", &PlainRows::sampled)
+      .def("mixed", &PlainRows::mixed)
       .def("gathered", &PlainRows::gathered);
 }
 

@@ -95,7 +95,7 @@ def test_a_crash_at_any_line_leaves_the_batch_whole_or_not_at_all(tmp_path, kind
 
 @pytest.mark.parametrize(
     ("kind", "change"),
-    [(kind, change) for kind in KINDS for change in ("shrink", "grow", "load")] + [(kind, "merge") for kind in KINDS[:2]],
+    [*((kind, change) for kind in KINDS for change in ("shrink", "grow", "load")), *((k, "merge") for k in KINDS[:2])],
 )
 def test_a_crash_at_any_line_leaves_the_old_buffer_or_the_new_one(tmp_path, kind, change):
     batches = [18] if change == "grow" else [31]

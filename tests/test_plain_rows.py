@@ -166,5 +166,6 @@ def test_rows_of_the_core_refuse_what_was_not_counted():
     assert rows.count((torch.zeros(3, 2),)) == 3
     wrong = [torch.zeros(3, 2), (torch.zeros(3),), (torch.zeros(3, 2, device="meta"),), (torch.zeros(3, 2),) * 2, None]
     assert [rows.count(batch) for batch in wrong] == [-1] * len(wrong)
+    assert rows.mixed(wrong[0], 0.5, 4, 0, 0, 1) is None
     with pytest.raises(ValueError, match="must be one that was counted"):
-        rows.sampled((torch.zeros(3, 3),), 4, 2, 0, 0, 1)
+        rows.gathered((torch.zeros(3, 3),), torch.zeros(2, dtype=torch.int64), 1)

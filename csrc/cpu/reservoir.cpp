@@ -207,12 +207,12 @@ void gather_rows(const RowField* fields, int num_fields, std::int64_t ahead, con
     for (int f = 0; f < num_fields; ++f) {
       const RowField& field = fields[f];
       const auto size = static_cast<std::size_t>(field.row_bytes);
+      const std::int64_t begin = count * share / shares, end = count * (share + 1) / shares;
       const std::int64_t first = ahead * share / shares, last = ahead * (share + 1) / shares;
       if (last > first)
         std::memcpy(row(field.batch, first, field.row_bytes), row(field.ahead, first, field.row_bytes),
                     static_cast<std::size_t>(last - first) * size);
-      const std::int64_t end = count * (share + 1) / shares;
-      for (std::int64_t k = count * share / shares; k < end; ++k) {
+      for (std::int64_t k = begin; k < end; ++k) {
         if (k + 2 < end) fetch(row(field.stored, index[k + 2], field.row_bytes), field.row_bytes);
         std::memcpy(row(field.batch, ahead + k, field.row_bytes), row(field.stored, index[k], field.row_bytes), size);
       }

@@ -50,7 +50,8 @@ class Buffer(StoredRows):
         if self._structure is None:
             raise RuntimeError("the buffer has seen no batch yet")
         if (plain := self._core_rows()) is not None:
-            return self._structure.from_core(self._joined(plain, None, held, count))
+            rows = self._rows_of(plain, count)
+            return rows if self._structure.direct else self._structure.batch(rows)
         return self._structured(self._replayed([], 0, count))
 
     def sample_into(
@@ -75,20 +76,19 @@ class Buffer(StoredRows):
             fraction = _checks.finite_number("fraction", fraction, minimum=0.0)
             if fraction >= 1.0:
                 raise ValueError(f"fraction must be below 1, got {fraction}")
-        if self._structure is None:
+        structure = self._structure
+        if structure is None:
             return batch
         if transform is None and (plain := self._core_rows()) is not None:
-            rows = self._structure.for_core(batch)
-            if (count := plain.count(rows)) >= 0:
-                held = len(self)
-                replayed = min(held, round(count * fraction / (1.0 - fraction)))
-                return self._structure.from_core(self._joined(plain, rows, held, replayed))
+            rows = batch if structure.direct else structure.fields(batch)
+            if (mixed := self._mixed(plain, rows, fraction)) is not None:
+                return mixed if structure.direct else structure.batch(mixed)
         new = self._checked(batch)
         fused = self._here and transform is None
         if not self._here and self.storage == "device":
             new = [field.to(self._device) for field in new]
         count = new[0].shape[0]
-        replayed = min(len(self), round(count * fraction / (1.0 - fraction)))
+        replayed = self._share(count, fraction)
         if fused:
             return self._structured(self._replayed(new, count, replayed))
         sampled = self.sample(replayed)
@@ -235,10 +235,20 @@ class Buffer(StoredRows):
         """Places of different items."""
         return self._choice(len(self), count, self._seen.device)
 
-    def _joined(self, plain: _core.PlainRows, new: Any, held: int, count: int) -> Any:
-        """New rows, and behind them ``count`` of the items held: as the core takes and gives them."""
-        return plain.gathered(new, self._drawn(count), torch.get_num_threads())
+    def _share(self, count: int, fraction: float) -> int:
+        """How many items are replayed beside so many new ones."""
+        return min(len(self), round(count * fraction / (1.0 - fraction)))
+
+    def _rows_of(self, plain: _core.PlainRows, count: int) -> Any:
+        """Different items held: as the core gives them."""
+        return plain.gathered(None, self._drawn(count), torch.get_num_threads())
+
+    def _mixed(self, plain: _core.PlainRows, new: Any, fraction: float) -> Any:
+        """New rows and replayed ones, as the core takes and gives them; ``None`` where it cannot."""
+        if (count := plain.count(new)) < 0:
+            return None
+        return plain.gathered(new, self._drawn(self._share(count, fraction)), torch.get_num_threads())
 
     def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
-        """The same by torch's own functions."""
+        """New rows, and behind them those of different items held, by torch's own functions."""
         return mixed_unchecked(new, self._fields, self._drawn(count), ahead, self.storage == "pinned")

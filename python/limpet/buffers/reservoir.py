@@ -74,7 +74,7 @@ class ReservoirBuffer(Buffer):
         if self._structure is None:
             self._begin(batch)
         elif self._folder is None and (plain := self._core_rows()) is not None:
-            rows = self._structure.for_core(batch)
+            rows = batch if self._structure.direct else self._structure.fields(batch)
             count = plain.insert(rows, self._items, self._seen, self.seed, torch.get_num_threads())
             if count >= 0:
                 self._count += count
@@ -90,8 +90,15 @@ class ReservoirBuffer(Buffer):
         insert_dispatched_(self._fields, self._items, self._seen, self._moved(fields), self.seed)
         self._count += count
 
-    def _joined(self, plain: _core.PlainRows, new: Any, held: int, count: int) -> Any:
-        return plain.sampled(new, held, count, self.seed, self._next_draw(), torch.get_num_threads())
+    def _rows_of(self, plain: _core.PlainRows, count: int) -> Any:
+        return plain.sampled(len(self), count, self.seed, self._next_draw(), torch.get_num_threads())
+
+    def _mixed(self, plain: _core.PlainRows, new: Any, fraction: float) -> Any:
+        held = min(self._count, self.capacity)
+        mixed = plain.mixed(new, fraction, held, self.seed, self._draws, torch.get_num_threads())
+        if mixed is not None:
+            self._next_draw()
+        return mixed
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.

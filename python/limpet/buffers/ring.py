@@ -69,7 +69,8 @@ class RingBuffer(OrderedBuffer):
                 many rows, or (for the first batch) there is not enough memory. Nothing has changed then.
         """
         structure = self._structure or self._begin(batch)
-        rows, plain = structure.for_core(batch), None if self._folder is not None else self._core_rows()
+        rows = batch if structure.direct else structure.fields(batch)
+        plain = None if self._folder is not None else self._core_rows()
         count = -1 if plain is None else plain.count(rows)
         if count < 0:
             rows, plain = self._checked(batch), None

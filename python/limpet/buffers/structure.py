@@ -21,9 +21,10 @@ class Structure:
         self._leaf = spec.is_leaf()
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
-        #: What the core takes and gives in place of a batch: the batch itself, or a list of its fields.
+        #: Whether the core takes and gives batches themselves; otherwise lists of their fields.
+        self.direct = self._leaf or self._flat is not None
+        #: What it takes and gives.
         self.container: type = Tensor if self._leaf else self._flat or list
-        self._direct = self._leaf or self._flat is not None
 
     def __deepcopy__(self, memo: Any) -> Structure:  # nothing of it changes
         return self
@@ -87,14 +88,6 @@ class Structure:
                 raise ValueError(f"batch must have the structure of the first one, {self._spec}, got {spec}")
         _require_tensors(fields)
         return fields
-
-    def for_core(self, batch: Any) -> Any:
-        """A batch as :attr:`container` says; where it is to be the batch itself, it may be anything."""
-        return batch if self._direct else self.fields(batch)
-
-    def from_core(self, rows: Any) -> Any:
-        """The other way round."""
-        return rows if self._direct else self.batch(rows)
 
     def batch(self, fields: list[Tensor]) -> Any:
         """The fields as a batch."""
