@@ -12,6 +12,7 @@
 #include <array>
 #include <vector>
 
+#include "bind_rows.h"
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/keyed_index.h"
@@ -283,30 +284,15 @@ void bind_reservoir(py::module_& m) {
           const py::gil_scoped_release release;
           cpu::kernels().sample_without_replacement(population, count, seed, draw, pointer<std::int64_t>(sample));
         });
-  // `ahead`: addresses of new rows that come first, ahead_rows of each field; or none.
-  m.def("gather_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
-                          const Addresses& ahead, std::int64_t ahead_rows, std::int64_t rows, Address index,
-                          std::int64_t count, int threads) {
-    auto fields = row_fields(stored, batch, row_bytes);
-    for (std::size_t f = 0; f < ahead.size(); ++f) fields[f].ahead = pointer<void>(ahead[f]);
+  m.def("gather_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes, std::int64_t rows,
+                          Address index, std::int64_t count, int threads) {
+    const auto fields = row_fields(stored, batch, row_bytes);
     const auto* places = pointer<const std::int64_t>(index);
     for (std::int64_t k = 0; k < count; ++k)
       if (places[k] < 0 || places[k] >= rows)
         throw py::index_error("index must be in [0, " + std::to_string(rows) + "), got " + std::to_string(places[k]));
     const py::gil_scoped_release release;
-    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places, count, threads);
-  });
-  // The same, with places drawn as sample_without_replacement draws them.
-  m.def("sample_rows", [](const Addresses& stored, const Addresses& batch, const Sizes& row_bytes,
-                          const Addresses& ahead, std::int64_t ahead_rows, std::int64_t population, std::int64_t count,
-                          std::uint64_t seed, std::uint64_t draw, int threads) {
-    auto fields = row_fields(stored, batch, row_bytes);
-    for (std::size_t f = 0; f < ahead.size(); ++f) fields[f].ahead = pointer<void>(ahead[f]);
-    const py::gil_scoped_release release;
-    Sizes places(static_cast<std::size_t>(count));
-    cpu::kernels().sample_without_replacement(population, count, seed, draw, places.data());
-    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), ahead_rows, places.data(), count,
-                               threads);
+    cpu::kernels().gather_rows(fields.data(), static_cast<int>(fields.size()), 0, places, count, threads);
   });
 #if defined(LIMPET_CUDA)
   m.def("cuda_reservoir_slots", [](std::int64_t seen, std::int64_t count, std::int64_t capacity, std::uint64_t seed,
@@ -435,6 +421,23 @@ void bind_keyed(py::module_& m) {
                           threads);
              *number += count;
            })
+      // Places, slots, keys and groups of the items that get a slot, in their order.
+      .def("choose",
+           [](cpu::KeyedIndex& index, Address group, Address weight, std::int64_t seen, std::int64_t count,
+              std::uint64_t seed, int threads) {
+             std::vector<cpu::KeyedIndex::Placed> placed;
+             {
+               const py::gil_scoped_release release;
+               placed = index.choose(
+                   {pointer<const std::int64_t>(group), pointer<const double>(weight), seen, count, seed}, threads);
+             }
+             std::array<Sizes, 4> columns;
+             for (const auto& row : placed) {
+               const std::int64_t values[] = {row.place, row.slot, row.key, row.group};
+               for (std::size_t k = 0; k < columns.size(); ++k) columns[k].push_back(values[k]);
+             }
+             return columns;
+           })
       .def("select", [](const cpu::KeyedIndex& index, Address places, std::int64_t count, Address slots) {
         index.select(pointer<const std::int64_t>(places), count, pointer<std::int64_t>(slots));
       });
@@ -540,6 +543,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_path_integral(m);
   bind_reservoir(m);
+  bind_rows(m);
   bind_keyed(m);
   bind_gated_lateral(m);
 }

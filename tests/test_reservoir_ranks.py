@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-from limpet import ReservoirBuffer
+from limpet import ClassBalancedReservoir, ReservoirBuffer, WeightedReservoir
 from limpet.buffers.ranks import shares
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -19,6 +19,21 @@ FIRST = (0, 1000, 2000)  # the number of each process's first item
 def stream(rank, count):
     numbers = torch.arange(FIRST[rank], FIRST[rank] + count)
     return Pair((numbers % 2).bool().view(-1, 1), numbers.double())
+
+
+def labelled(rank, count):
+    x, y = stream(rank, count)
+    return Pair(x, y.long())
+
+
+def keyed(kind, rank, count):
+    buffer = kind(16, seed=10 + rank)
+    if count:
+        if kind is ClassBalancedReservoir:
+            buffer.add(labelled(rank, count), group=torch.arange(count) % 7 % (2 + rank))
+        else:
+            buffer.add(labelled(rank, count), weight=1 + torch.arange(count).double() % 5)
+    return buffer
 
 
 def numbers_of(buffer):
@@ -51,6 +66,21 @@ def in_each_process(rank, rendezvous, folder):
     buffer.add(tuple(stream(rank, COUNTS["long"][rank])))
     buffer.merge_ranks()
     found["files"] = (buffer.seen, [int(y) for _, y in buffer], buffer.items.tolist(), buffer.seed)
+
+    for kind in (ClassBalancedReservoir, WeightedReservoir):
+        for name, counts in COUNTS.items():
+            buffer = keyed(kind, rank, counts[rank])
+            buffer.merge_ranks()
+            found[kind.__name__, name] = (buffer.seen, numbers_of(buffer), buffer.items.tolist())
+            if len(buffer):
+                buffer.add(labelled(rank, 40))
+                found[kind.__name__, name, "later"] = (buffer.seen, len(numbers_of(buffer)))
+        same, twice = keyed(kind, 0, 40), keyed(kind, rank, 40)
+        if rank == 1:
+            twice = keyed(kind, 0, 40)
+            twice.seed = 99
+        found[kind.__name__, "seed"] = error(same.merge_ranks), same.seen
+        found[kind.__name__, "twice"] = error(twice.merge_ranks), twice.seen
 
     pairs = [distributed.new_group(ranks) for ranks in ((2, 0), (1,))]
     buffer = ReservoirBuffer(16, seed=10 + rank)
@@ -101,6 +131,28 @@ def test_rows_are_a_sample_of_what_each_process_held(found):
         buffer.add(stream(rank, count))
         sent = {k for k in found[0]["long"][1] if FIRST[rank] <= k < FIRST[rank] + count}
         assert sent <= set(numbers_of(buffer))
+
+
+@pytest.mark.parametrize("kind", [ClassBalancedReservoir, WeightedReservoir])
+@pytest.mark.parametrize("name", COUNTS)
+def test_keyed_buffers_become_what_merging_one_after_another_gives(found, kind, name):
+    one, *others = (keyed(kind, rank, count) for rank, count in enumerate(COUNTS[name]))
+    for other in others:
+        one.merge(other)
+    expected = (one.seen, numbers_of(one), one.items.tolist())
+    assert all(each[kind.__name__, name] == expected for each in found)
+    if name != "none":
+        assert all(each[kind.__name__, name, "later"] == (one.seen + 40, 16) for each in found)
+
+
+@pytest.mark.parametrize("kind", [ClassBalancedReservoir, WeightedReservoir])
+def test_keyed_buffers_with_keys_in_common_are_refused_everywhere(found, kind):
+    for one in found:
+        for name, words in {"seed": "seed must be another", "twice": "must have no items in common"}.items():
+            message, seen = one[kind.__name__, name]
+            assert message.startswith("ValueError")
+            assert words in message
+            assert seen == 40
 
 
 def test_streams_go_on_after_merging(found):

@@ -119,38 +119,52 @@ std::int64_t KeyedIndex::place(std::int64_t value, Row row) {
   return row.slot;
 }
 
+// Places the items in [begin, end), which are at most kItems for each thread.
+void KeyedIndex::place_some(const KeyedItems& items, std::int64_t begin, std::int64_t end, int threads,
+                            std::vector<Placed>& placed) {
+  const std::int64_t chunks = (end - begin + kItems - 1) / kItems;
+  if (static_cast<std::int64_t>(candidates_.size()) < end - begin)
+    candidates_.resize(static_cast<std::size_t>(end - begin));
+  std::vector<std::int64_t> found(static_cast<std::size_t>(chunks));
+  parallel_for(threads, chunks, [&](std::int64_t chunk, int) {
+    const std::int64_t first = begin + chunk * kItems, count = std::min(kItems, end - first);
+    found[chunk] = kernels().keyed_candidates(
+        bounds(),
+        {items.group == nullptr ? nullptr : items.group + first,
+         items.weight == nullptr ? nullptr : items.weight + first, items.first + first, count, items.seed},
+        candidates_.data() + chunk * kItems);
+  });
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    for (std::int64_t k = 0; k < found[chunk]; ++k) {
+      const KeyedCandidate& candidate = candidates_[chunk * kItems + k];
+      const std::int64_t at = begin + chunk * kItems + candidate.place;
+      const std::int64_t value = items.group == nullptr ? 0 : items.group[at];
+      const std::int64_t slot = place(value, {candidate.key, items.first + at, -1});
+      if (slot >= 0) placed.push_back({at, slot, candidate.key, value});
+    }
+  }
+}
+
 void KeyedIndex::insert(const KeyedBatch& batch, int threads) {
-  const KeyedItems& all = batch.items;
-  const std::int64_t wave = std::min(all.count, std::max(1, threads) * kItems);
-  if (static_cast<std::int64_t>(candidates_.size()) < wave) candidates_.resize(static_cast<std::size_t>(wave));
-  std::vector<std::int64_t> found(static_cast<std::size_t>((wave + kItems - 1) / kItems));
-  for (std::int64_t done = 0; done < all.count; done += wave) {
-    const std::int64_t some = std::min(wave, all.count - done);
-    const std::int64_t chunks = (some + kItems - 1) / kItems;
-    parallel_for(threads, chunks, [&](std::int64_t chunk, int) {
-      const std::int64_t begin = done + chunk * kItems, count = std::min(kItems, done + some - begin);
-      found[chunk] = kernels().keyed_candidates(
-          bounds(),
-          {all.group == nullptr ? nullptr : all.group + begin, all.weight == nullptr ? nullptr : all.weight + begin,
-           all.first + begin, count, all.seed},
-          candidates_.data() + chunk * kItems);
-    });
+  const std::int64_t count = batch.items.count, wave = std::max(1, threads) * kItems;
+  for (std::int64_t done = 0; done < count; done += wave) {
     placed_.clear();
-    for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (std::int64_t k = 0; k < found[chunk]; ++k) {
-        const KeyedCandidate& candidate = candidates_[chunk * kItems + k];
-        const std::int64_t at = done + chunk * kItems + candidate.place;
-        const std::int64_t value = all.group == nullptr ? 0 : all.group[at], item = all.first + at;
-        const std::int64_t slot = place(value, {candidate.key, item, -1});
-        if (slot < 0) continue;
-        batch.notes.items[slot] = item;
-        batch.notes.keys[slot] = candidate.key;
-        batch.notes.groups[slot] = value;
-        placed_.push_back({at, slot});
-      }
+    place_some(batch.items, done, std::min(count, done + wave), threads, placed_);
+    for (const Placed& row : placed_) {
+      batch.notes.items[row.slot] = batch.items.first + row.place;
+      batch.notes.keys[row.slot] = row.key;
+      batch.notes.groups[row.slot] = row.group;
     }
     copy_rows(batch, threads);
   }
+}
+
+std::vector<KeyedIndex::Placed> KeyedIndex::choose(const KeyedItems& items, int threads) {
+  std::vector<Placed> placed;
+  const std::int64_t wave = std::max(1, threads) * kItems;
+  for (std::int64_t done = 0; done < items.count; done += wave)
+    place_some(items, done, std::min(items.count, done + wave), threads, placed);
+  return placed;
 }
 
 // Copies the rows that were placed and have not been given up since.
@@ -160,7 +174,7 @@ void KeyedIndex::copy_rows(const KeyedBatch& batch, int threads) const {
   const auto count = static_cast<std::int64_t>(placed_.size()), rows = 1 + kSerialBytes / bytes;
   parallel_for(threads, (count + rows - 1) / rows, [&](std::int64_t run, int) {
     for (std::int64_t k = run * rows; k < std::min(count, (run + 1) * rows); ++k) {
-      const auto& [at, slot] = placed_[k];
+      const std::int64_t at = placed_[k].place, slot = placed_[k].slot;
       if (batch.notes.items[slot] != batch.items.first + at) continue;
       for (int f = 0; f < batch.num_fields; ++f) {
         const RowField& field = batch.fields[f];

@@ -32,6 +32,15 @@ class KeyedIndex {
 
   void insert(const KeyedBatch& batch, int threads);
 
+  // What an item that gets a slot takes into it.
+  struct Placed {
+    std::int64_t place, slot, key, group;  // place in the batch
+  };
+
+  // The same without writing any note or row, for whoever writes them elsewhere: of several items in one slot the last
+  // one stays.
+  std::vector<Placed> choose(const KeyedItems& items, int threads);
+
   // slots[k] = where the item lies that is number places[k] of those held, counted from the oldest.
   void select(const std::int64_t* places, std::int64_t count, std::int64_t* slots) const {
     for (std::int64_t k = 0; k < count; ++k) slots[k] = arrivals_.select(places[k]);
@@ -50,6 +59,8 @@ class KeyedIndex {
   void hold(std::int64_t value, const Row& row);
   void rank_groups();
   std::int64_t place(std::int64_t value, Row row);
+  void place_some(const KeyedItems& items, std::int64_t begin, std::int64_t end, int threads,
+                  std::vector<Placed>& placed);
   void copy_rows(const KeyedBatch& batch, int threads) const;
 
   std::int64_t capacity_, held_ = 0;
@@ -60,8 +71,8 @@ class KeyedIndex {
   std::vector<std::int64_t> free_heaps_;
   std::set<std::pair<std::int64_t, std::int64_t>> ranks_;  // (rows, value) of each group, once all slots are taken
   Arrivals arrivals_;
-  std::vector<KeyedCandidate> candidates_;                     // kept: small batches come by the thousand
-  std::vector<std::pair<std::int64_t, std::int64_t>> placed_;  // (place in the batch, slot)
+  std::vector<KeyedCandidate> candidates_;  // kept: small batches come by the thousand
+  std::vector<Placed> placed_;
 };
 
 }  // namespace limpet::cpu

@@ -18,7 +18,7 @@ constexpr std::int64_t kItems = 16384;          // of a chunk that one thread de
 constexpr std::int64_t kStride = 1024;          // items that share their bounds
 constexpr std::int64_t kSerialBytes = 1 << 20;  // copied by one thread: less than this is not worth waking another
 
-constexpr std::int64_t kGatheredBytes = 1 << 16;  // the same for rows that lie anywhere, which wait for memory
+constexpr std::int64_t kGatheredBytes = 1 << 17;  // the same for rows that are read from anywhere
 constexpr std::int64_t kFetched = 1 << 12;        // bytes of a row
 
 struct Accepted {
@@ -164,15 +164,30 @@ void sample_without_replacement(std::int64_t population, std::int64_t count, std
   while ((std::int64_t{1} << bits) < 2 * count) ++bits;
   table.assign(std::size_t{1} << bits, Moved{});
   const std::size_t mask = table.size() - 1;
-  const auto at = [&](std::int64_t place) -> Moved& {
+  const auto at_place = [&](std::int64_t place) -> Moved& {
     std::size_t k = static_cast<std::size_t>(static_cast<std::uint64_t>(place) * 0x9E3779B97F4A7C15ull >> (64 - bits));
     while (table[k].place != -1 && table[k].place != place) k = (k + 1) & mask;
     return table[k];
   };
+  Words lane;
+  for (int k = 0; k < kBlocks; ++k) lane[k] = static_cast<std::uint64_t>(k);
+  const math::PhiloxWords counter = math::draw_counter(draw, 0, math::Purpose::sample, 0);
+  PhiloxBlocks drawn;
   for (std::int64_t step = 0; step < count; ++step) {
-    const Moved own = at(step);
-    const std::int64_t target = math::shuffle_target(step, population, seed, draw);
-    Moved& other = at(target);
+    constexpr std::int64_t steps = 2 * kBlocks;  // a block serves two
+    const std::int64_t at = step % steps / 2;
+    if (step % steps == 0)
+      drawn = philox({{Words{} + counter.word[0], Words{} + counter.word[1],
+                       lane + static_cast<std::uint64_t>(step) / 2, Words{} + counter.word[3]}},
+                     seed);
+    const std::uint64_t high = drawn.word[step % 2 * 2][at] & 0xFFFFFFFFu,
+                        low = drawn.word[step % 2 * 2 + 1][at] & 0xFFFFFFFFu;
+    const auto range = static_cast<std::uint64_t>(population - step);
+    const std::uint64_t value = (high << 31 | low >> 1) / math::run_length(range);
+    const std::int64_t target =
+        value < range ? step + static_cast<std::int64_t>(value) : math::shuffle_target(step, population, seed, draw);
+    const Moved own = at_place(step);
+    Moved& other = at_place(target);
     sample[step] = other.place == -1 ? target : other.value;
     other = {target, own.place == -1 ? step : own.value};
   }
@@ -186,23 +201,17 @@ LIMPET_FORMULA void fetch(const char* row, std::int64_t row_bytes) {
 
 void gather_rows(const RowField* fields, int num_fields, std::int64_t ahead, const std::int64_t* index,
                  std::int64_t count, int threads) {
-  std::int64_t bytes = 1;
+  std::int64_t bytes = 0;
   for (int f = 0; f < num_fields; ++f) bytes += fields[f].row_bytes;
-  const std::int64_t rows = 1 + kGatheredBytes / bytes;
-  // Runs of gathered rows, which take longest and so come first, then runs of new ones, which lie together.
-  const std::int64_t new_runs = (ahead + rows - 1) / rows, old_runs = (count + rows - 1) / rows;
-  parallel_for(threads, new_runs + old_runs, [&](std::int64_t run, int) {
-    const bool gathered = run < old_runs;
-    const std::int64_t begin = (gathered ? run : run - old_runs) * rows, all = gathered ? count : ahead;
-    const std::int64_t end = begin + rows < all ? begin + rows : all;
+  parallel_shares((ahead + count) * bytes < kGatheredBytes ? 1 : threads, [&](std::int64_t share, std::int64_t shares) {
     for (int f = 0; f < num_fields; ++f) {
       const RowField& field = fields[f];
       const auto size = static_cast<std::size_t>(field.row_bytes);
-      if (!gathered) {
-        std::memcpy(row(field.batch, begin, field.row_bytes), row(field.ahead, begin, field.row_bytes),
-                    static_cast<std::size_t>(end - begin) * size);
-        continue;
-      }
+      const std::int64_t begin = count * share / shares, end = count * (share + 1) / shares;
+      const std::int64_t first = ahead * share / shares, last = ahead * (share + 1) / shares;
+      if (last > first)
+        std::memcpy(row(field.batch, first, field.row_bytes), row(field.ahead, first, field.row_bytes),
+                    static_cast<std::size_t>(last - first) * size);
       for (std::int64_t k = begin; k < end; ++k) {
         if (k + 2 < end) fetch(row(field.stored, index[k + 2], field.row_bytes), field.row_bytes);
         std::memcpy(row(field.batch, ahead + k, field.row_bytes), row(field.stored, index[k], field.row_bytes), size);

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 Sizes = Sequence[int]
 
 def build_info() -> dict[str, Any]: ...
@@ -193,25 +195,22 @@ def gather_rows(
     stored: list[int],
     batch: list[int],
     row_bytes: list[int],
-    ahead: list[int],
-    ahead_rows: int,
     rows: int,
     index: int,
     count: int,
     threads: int,
 ) -> None: ...
-def sample_rows(
-    stored: list[int],
-    batch: list[int],
-    row_bytes: list[int],
-    ahead: list[int],
-    ahead_rows: int,
-    population: int,
-    count: int,
-    seed: int,
-    draw: int,
-    threads: int,
-) -> None: ...
+
+class PlainRows:  # of tensors
+    def __init__(self, exchange: object, tensor: type, container: type, stored: list[Tensor], /) -> None: ...
+    def count(self, batch: object, /) -> int: ...
+    def insert(self, batch: object, items: Tensor, seen: Tensor, seed: int, threads: int, /) -> int: ...
+    def put(self, batch: object, begin: int, count: int, slot: int, threads: int, /) -> None: ...
+    def sampled(self, population: int, count: int, seed: int, draw: int, threads: int, /) -> object: ...
+    def mixed(
+        self, batch: object, fraction: float, population: int, seed: int, draw: int, threads: int, /
+    ) -> object | None: ...
+    def gathered(self, batch: object, slots: Tensor, threads: int, /) -> object: ...
 
 class KeyedIndex:
     def __init__(self, notes: list[int], capacity: int, /) -> None: ...
@@ -229,6 +228,7 @@ class KeyedIndex:
         threads: int,
         /,
     ) -> None: ...
+    def choose(self, group: int, weight: int, seen: int, count: int, seed: int, threads: int, /) -> list[list[int]]: ...
     def select(self, places: int, count: int, slots: int, /) -> None: ...
 
 def cuda_reservoir_slots(

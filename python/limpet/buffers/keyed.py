@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from limpet import _checks, _core, reference
+from limpet.buffers import ranks
 from limpet.buffers.ordered import OrderedBuffer
+from limpet.buffers.stored import last_writers
 from limpet.ops import keyed
 from limpet.ops.reservoir import below_2_63
 
@@ -25,11 +27,8 @@ class KeyedBuffer(OrderedBuffer):
     _groups: Tensor  # int64 [capacity]
     _index: _core.KeyedIndex | None  # follows from the notes; made when it is needed
 
-    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        super().__init__(capacity, seed=seed, device=device)
-
     def __len__(self) -> int:
-        return min(self.seen, self.capacity)
+        return min(self._count, self.capacity)
 
     @property
     def items(self) -> Tensor:  # int64 [len]
@@ -97,25 +96,58 @@ class KeyedBuffer(OrderedBuffer):
         ]
         self._replace(self.capacity, first + other.seen, parts)
 
+    def merge_ranks(self, group: distributed.ProcessGroup | None = None) -> None:
+        """Become, on every process of a group, what one buffer would hold of the streams of all of them together.
+
+        All call it, with buffers of one capacity and of different seeds, as if their streams had come one after the
+        other in the order of the ranks. Nothing is drawn: the items with the smallest keys are held, and no other rows
+        are sent. Seeds stay as they are.
+
+        Do it once, at the end: buffers merged twice would count their items twice.
+
+        Args:
+            group: the processes; all of them for ``None``. Its backend must take the buffers' device.
+
+        Raises:
+            RuntimeError: ``torch.distributed`` is not initialised.
+            TypeError: ``group`` is no process group.
+            ValueError: structures, dtypes, shapes or capacities differ, two processes have the same seed, or they have
+                items in common. It is raised on all of them, and nothing has changed then.
+        """
+        ranks.merge(self, group, ranks.keyed_parts)
+
     def __getstate__(self) -> dict[str, Any]:  # for copies and pickles
-        return {**self.__dict__, "_index": None}
+        return {**super().__getstate__(), "_index": None}
 
     def _insert(self, batch: Any, fields: list[Tensor], group: Tensor | None, weight: Tensor | None) -> None:
         """Insert items, whose groups and weights have been checked."""
         if self._structure is None:
             self._begin(batch)
-            fields = self._like_first(batch)
-        index = self._present_index()
+            fields = self._checked(batch)
+        index, count = self._present_index(), fields[0].shape[0]
         if index is None:
+            fields = self._moved(fields)
             group, weight = (None if t is None else t.to(self._device) for t in (group, weight))
             keyed.insert_dispatched_(self._fields, *self._notes(), self._seen, fields, group, weight, self.seed)
-        else:
-            group, weight = (None if t is None else t.cpu() for t in (group, weight))
+            self._count += count
+            return
+        group, weight = (None if t is None else t.cpu() for t in (group, weight))
+        if not self._by_rows():
+            fields = self._moved(fields)
             keyed.index_insert_(index, self._fields, self._notes(), self._seen, fields, group, weight, self.seed)
-        self._count += fields[0].shape[0]
+            self._count += count
+            return
+        self._index = None  # made anew if what follows does not come to its end
+        chosen = keyed.index_choose(index, self._count, count, group, weight, self.seed)
+        slots, last = last_writers(chosen[1])
+        places, _, keys, groups = chosen[:, last]
+        self._write(slots, [places + self._count, keys, groups, *self._picked(fields, places)], count)
+        self._index = index
 
     def _present_index(self) -> _core.KeyedIndex | None:
         if self._index is None and keyed.plain(self._items):
+            if self._folder is not None:
+                self._items[len(self) :] = -1  # a batch that does not count may have filled them
             self._index = keyed.index_of(self._notes())
         return self._index
 
@@ -131,7 +163,7 @@ class KeyedBuffer(OrderedBuffer):
 
     def _fields_of(self, batch: Any) -> list[Tensor]:
         """A batch's fields, before anything of it is taken in."""
-        return self._like_first(batch) if self._structure is not None else self._first(batch)[1]
+        return self._checked(batch) if self._structure is not None else self._first(batch)[1]
 
 
 class ClassBalancedReservoir(KeyedBuffer):
@@ -151,15 +183,21 @@ class ClassBalancedReservoir(KeyedBuffer):
         capacity: how many items are kept, at least 1.
         seed: of all draws, in [0, 2^63).
         device: where the items lie; where the first batch does for ``None``.
+        storage: ``"device"``, ``"pinned"`` or ``"mmap"``, as for :class:`limpet.ReservoirBuffer`.
+        path: for ``"mmap"`` a folder for the files, new or empty.
 
     Attributes:
         capacity: as given.
         seed: as given.
         seen: items seen so far.
+        storage: as given.
 
     Raises:
         TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
+            it.
+        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
+        OSError: the folder cannot be written.
 
     >>> buffer = ClassBalancedReservoir(90, seed=0)
     >>> buffer.add((torch.randn(1000, 8), torch.zeros(1000, dtype=torch.int64)))
@@ -212,15 +250,21 @@ class WeightedReservoir(KeyedBuffer):
         capacity: how many items are kept, at least 1.
         seed: of all draws, in [0, 2^63).
         device: where the items lie; where the first batch does for ``None``.
+        storage: ``"device"``, ``"pinned"`` or ``"mmap"``, as for :class:`limpet.ReservoirBuffer`.
+        path: for ``"mmap"`` a folder for the files, new or empty.
 
     Attributes:
         capacity: as given.
         seed: as given.
         seen: items seen so far.
+        storage: as given.
 
     Raises:
         TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
+            it.
+        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
+        OSError: the folder cannot be written.
 
     >>> buffer = WeightedReservoir(100, seed=0)
     >>> loss = torch.linspace(0, 1, 1000)

@@ -38,6 +38,7 @@ class Header(NamedTuple):
     seed: int
     structure: str | None
     rows: Sequence[Spec]  # of each field
+    lost: int = 0  # items let go before the files were made, where slots are counted from there
 
 
 class _Generation:
@@ -115,7 +116,7 @@ class Folder:
         self._now: _Generation | None = None
         self._new: _Generation | None = None
         lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT)  # held as long as this object lives
-        weakref.finalize(self, os.close, lock)
+        self._unlock = weakref.finalize(self, os.close, lock)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -160,7 +161,9 @@ class Folder:
             if read["format"] != _FORMAT.format(kind):
                 raise ValueError(f"its format is {read['format']!r}")
             rows = [(_DTYPES[dtype], tuple(map(int, shape))) for dtype, shape in read["rows"]]
-            header = Header(kind, int(read["capacity"]), int(read["seed"]), read["structure"], rows)
+            header = Header(
+                kind, int(read["capacity"]), int(read["seed"]), read["structure"], rows, int(read.get("lost", 0))
+            )
             specs = [*((dtype, ()) for dtype in notes.values()), *rows] if header.structure is not None else []
             folder._number = int(read["generation"])
             folder._now = _Generation(
@@ -232,6 +235,11 @@ class Folder:
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)
+
+    def close(self) -> None:
+        """Let another buffer have it. Tensors that are still in use stay mapped."""
+        self._now = self._new = None
+        self._unlock()
 
     @property
     def _generation(self) -> _Generation:

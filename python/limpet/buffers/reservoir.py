@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import distributed
 
-from limpet import _checks, ops
+from limpet import _checks, _core, ops
 from limpet.buffers import ranks
 from limpet.buffers.base import Buffer
-from limpet.ops.reservoir import insert_unchecked_, sampled_unchecked
+from limpet.buffers.stored import last_writers
+from limpet.ops.reservoir import insert_dispatched_
 
 
 class ReservoirBuffer(Buffer):
@@ -60,7 +61,7 @@ class ReservoirBuffer(Buffer):
     _KIND = "reservoir"
 
     def __len__(self) -> int:
-        return min(self.seen, self.capacity)
+        return min(self._count, self.capacity)
 
     def add(self, batch: Any) -> None:  # tensors [count, *]
         """Let the buffer see the next items of the stream.
@@ -72,32 +73,32 @@ class ReservoirBuffer(Buffer):
         """
         if self._structure is None:
             self._begin(batch)
+        elif self._folder is None and (plain := self._core_rows()) is not None:
+            rows = batch if self._structure.direct else self._structure.fields(batch)
+            count = plain.insert(rows, self._items, self._seen, self.seed, torch.get_num_threads())
+            if count >= 0:
+                self._count += count
+                return
         fields = self._checked(batch)
         count = fields[0].shape[0]
         if not count:
             return
-        if self.storage == "mmap" or (self.storage == "pinned" and not self._here):
-            self._add_accepted(fields, count)
+        if self._by_rows():
+            slots, places = last_writers(ops.reservoir_slots(self.seen, count, self.capacity, self.seed, device="cpu"))
+            self._write(slots, [places + self.seen, *self._picked(fields, places)], count)
             return
-        if not self._here:
-            fields = [field.to(self._device) for field in fields]
-        reservoir = self._fields, self._items, self._seen
-        insert_unchecked_(*reservoir, fields, self._rows, self.capacity, count, self.seed)
+        insert_dispatched_(self._fields, self._items, self._seen, self._moved(fields), self.seed)
         self._count += count
 
-    def _add_accepted(self, fields: list[Tensor], count: int) -> None:
-        """The same for files, which want a journal, and for batches elsewhere: only rows that stay are moved."""
-        seen, held = self.seen, len(self)
-        slots, places = _last_writers(ops.reservoir_slots(seen, count, self.capacity, self.seed, device="cpu"))
-        rows = [places + seen, *(field.detach()[places.to(field.device)].to("cpu") for field in fields)]
-        taken = int((slots < held).sum())  # slots ascend; behind these come the free ones, in a row
-        for stored, new in zip([*self._notes(), *self._fields], rows, strict=True):
-            stored[held : held + slots.numel() - taken] = new[taken:]
-        self._write(slots[:taken], [new[:taken] for new in rows], seen + count)
+    def _rows_of(self, plain: _core.PlainRows, count: int) -> Any:
+        return plain.sampled(len(self), count, self.seed, self._next_draw(), torch.get_num_threads())
 
-    def _replayed(self, new: list[Tensor], ahead: int, count: int) -> list[Tensor]:  # [ahead + count, *] each
-        draws = self._at_most_held(count), count, self.seed, self._next_draw()
-        return sampled_unchecked(new, self._fields, self._rows, *draws, ahead, self.storage == "pinned")
+    def _mixed(self, plain: _core.PlainRows, new: Any, fraction: float) -> Any:
+        held = min(self._count, self.capacity)
+        mixed = plain.mixed(new, fraction, held, self.seed, self._draws, torch.get_num_threads())
+        if mixed is not None:
+            self._next_draw()
+        return mixed
 
     def resize(self, capacity: int) -> None:
         """Change the capacity without bias: a smaller reservoir keeps a uniform choice of what it holds.
@@ -177,13 +178,4 @@ class ReservoirBuffer(Buffer):
             ValueError: structures, dtypes, shapes or capacities differ, or two processes passed over items by the same
                 seed's draws. It is raised on all of them, and nothing has changed then.
         """
-        ranks.merge(self, group)
-
-
-def _last_writers(slots: Tensor) -> tuple[Tensor, Tensor]:  # int64 [count] -> [written], [written]
-    """Slots that get an item, ascending, and the place of the last item that each gets."""
-    places = (slots >= 0).nonzero().squeeze(1)
-    slots, order = slots[places].sort(stable=True)
-    last = torch.ones_like(slots, dtype=torch.bool)
-    last[:-1] = slots[1:] != slots[:-1]
-    return slots[last], places[order[last]]
+        ranks.merge(self, group, ranks.uniform_parts)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from limpet import _checks
+from limpet import _checks, _core
 from limpet.buffers.ordered import OrderedBuffer
-from limpet.ops.reservoir import copy_unchecked_
 
 
 class RingBuffer(OrderedBuffer):
@@ -26,15 +24,21 @@ class RingBuffer(OrderedBuffer):
         capacity: how many items are kept, at least 1.
         seed: of the samples, in [0, 2^63).
         device: where the items lie; where the first batch does for ``None``.
+        storage: ``"device"``, ``"pinned"`` or ``"mmap"``, as for :class:`limpet.ReservoirBuffer`.
+        path: for ``"mmap"`` a folder for the files, new or empty.
 
     Attributes:
         capacity: as given.
         seed: as given.
         seen: items seen so far.
+        storage: as given.
 
     Raises:
         TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range.
+        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
+            it.
+        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
+        OSError: the folder cannot be written.
 
     >>> buffer = RingBuffer(3)
     >>> for step in range(5):
@@ -48,14 +52,8 @@ class RingBuffer(OrderedBuffer):
 
     _FULL = False  # it may have grown since it let items go
 
-    _held: int = 0
-    _oldest: int = 0  # its slot
-
-    def __init__(self, capacity: int, *, seed: int = 0, device: torch.device | str | None = None) -> None:
-        super().__init__(capacity, seed=seed, device=device)
-
     def __len__(self) -> int:
-        return self._held
+        return min(self._count - self._lost, self.capacity)
 
     @property
     def items(self) -> Tensor:  # int64 [len]
@@ -70,18 +68,25 @@ class RingBuffer(OrderedBuffer):
             ValueError: its structure or the shape of its rows differs from the first batch's, its tensors have not as
                 many rows, or (for the first batch) there is not enough memory. Nothing has changed then.
         """
-        if self._structure is None:
-            self._begin(batch)
-        fields = self._like_first(batch)
-        count, held = fields[0].shape[0], self._held
+        structure = self._structure or self._begin(batch)
+        rows = batch if structure.direct else structure.fields(batch)
+        plain = None if self._folder is not None else self._core_rows()
+        count = -1 if plain is None else plain.count(rows)
+        if count < 0:
+            rows, plain = self._checked(batch), None
+            count = rows[0].shape[0]
         new = min(count, self.capacity)  # of a larger batch only its end
-        first = (self._oldest + held + count - new) % self.capacity
-        ahead = min(new, self.capacity - first)  # rows until the end of the ring
-        copy_unchecked_(self._fields, first, fields, count - new, ahead)
+        begin = count - new
+        slot = self._slot_of(self._count + begin)
+        ahead = min(new, self.capacity - slot)  # rows until the end of the ring
+        if plain is None and self._by_rows():
+            places = torch.arange(begin, count, device="cpu").roll(new - ahead)  # so that the slots ascend
+            slots = torch.cat([torch.arange(new - ahead, device="cpu"), torch.arange(slot, slot + ahead, device="cpu")])
+            self._write(slots, self._picked(rows, places), count)
+            return
+        self._put(plain, rows, begin, ahead, slot)
         if ahead < new:
-            copy_unchecked_(self._fields, 0, fields, count - new + ahead, new - ahead)
-        self._oldest = (self._oldest + max(0, held + count - self.capacity)) % self.capacity
-        self._held = min(self.capacity, held + count)
+            self._put(plain, rows, begin + ahead, new - ahead, 0)
         self._count += count
 
     def resize(self, capacity: int) -> None:
@@ -94,24 +99,25 @@ class RingBuffer(OrderedBuffer):
         capacity = _checks.integer("capacity", capacity, minimum=1)
         if self._structure is not None:
             self._keep(self._order()[-capacity:], capacity)
-        self.capacity, self._held, self._oldest = capacity, min(self._held, capacity), 0
+        self.capacity = capacity
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs: numbers, text, and tensors of what is held (copies)."""
         order = self._order()
         return super().state_dict() | {"fields": [field[order] for field in self._fields]}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over a :meth:`state_dict`, onto this buffer's device; then the same stream leaves the same buffer.
-
-        Raises:
-            TypeError: a number or a tensor of the state is none.
-            ValueError: keys are missing or unknown, or numbers and tensors do not fit each other. Nothing has been
-                taken over then.
-        """
-        super().load_state_dict(state)
-        self._held = state["fields"][0].shape[0] if state["fields"] else 0
-        self._oldest = 0
+    def _slot_of(self, item: int) -> int:
+        """Where the item of a number lies."""
+        return (item - self._lost) % self.capacity
 
     def _slots_of(self, places: Tensor) -> Tensor:  # int64 [count] -> int64 [count]
-        return (places + self._oldest) % self.capacity if self._oldest else places
+        oldest = self._slot_of(self._count - len(self))
+        return (places + oldest) % self.capacity if oldest else places
+
+    def _put(self, plain: _core.PlainRows | None, rows: Any, begin: int, count: int, slot: int) -> None:
+        """Copy rows of a batch, from ``begin`` on, into the slots from ``slot`` on."""
+        if plain is not None:
+            plain.put(rows, begin, count, slot, torch.get_num_threads())
+            return
+        for field, new in zip(self._fields, rows, strict=True):
+            field[slot : slot + count] = new.detach()[begin : begin + count].to(field.device)

@@ -21,6 +21,10 @@ class Structure:
         self._leaf = spec.is_leaf()
         self._flat = spec.type if spec.type in (tuple, list) and all(child.is_leaf() for child in children) else None
         self._count = len(children)
+        #: Whether the core takes and gives batches themselves; otherwise lists of their fields.
+        self.direct = self._leaf or self._flat is not None
+        #: What it takes and gives.
+        self.container: type = Tensor if self._leaf else self._flat or list
 
     def __deepcopy__(self, memo: Any) -> Structure:  # nothing of it changes
         return self

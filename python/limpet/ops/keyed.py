@@ -84,6 +84,21 @@ def index_insert_(
     )
 
 
+def index_choose(
+    index: _core.KeyedIndex,
+    seen: int,
+    count: int,
+    group: Tensor | None,  # int64 [count]
+    weight: Tensor | None,  # float64 [count]
+    seed: int,
+) -> Tensor:  # int64 [4, chosen]
+    """Places, slots, keys and groups of the items that get a slot, in their order; no note or row has changed then."""
+    group, weight = (None if t is None else t.contiguous() for t in (group, weight))
+    group_address, weight_address = (0 if t is None else t.data_ptr() for t in (group, weight))
+    chosen = index.choose(group_address, weight_address, seen, count, seed, _launch.threads())
+    return torch.tensor(chosen, dtype=torch.int64, device="cpu").view(4, -1)
+
+
 def index_select(index: _core.KeyedIndex, places: Tensor) -> Tensor:  # int64 [count] -> int64 [count]
     """The slots of items by their places among those held, from the oldest on; places must be in range."""
     slots = torch.empty_like(places)

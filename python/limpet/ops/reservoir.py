@@ -95,7 +95,7 @@ def _sample_cuda(sample: Tensor, population: int, seed: int, draw: int) -> None:
 
 def _gather_cpu(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
     places = stored[0].shape[0], index.data_ptr(), index.shape[0]
-    _core.gather_rows(*_rows(stored, rows), [], 0, *places, _launch.threads())
+    _core.gather_rows(*_rows(stored, rows), *places, _launch.threads())
 
 
 def _gather_cuda(rows: Sequence[Tensor], stored: Sequence[Tensor], index: Tensor) -> None:
@@ -119,7 +119,7 @@ for _name in ("reservoir_slots_", "reservoir_insert_", "sample_without_replaceme
     serve_by_triton(_name, "limpet.triton_kernels.reservoir", keys=_BY_TRITON)
 
 _slots = torch.ops.limpet.reservoir_slots_.default
-_insert = torch.ops.limpet.reservoir_insert_.default
+insert_dispatched_ = torch.ops.limpet.reservoir_insert_.default
 _sample = torch.ops.limpet.sample_without_replacement_.default
 _gather = torch.ops.limpet.gather_rows_.default
 
@@ -127,28 +127,23 @@ _gather = torch.ops.limpet.gather_rows_.default
 # --- without checks: buffers call these thousands of times a second, with tensors that they know ----------------------
 
 
-_CPU = torch.device("cpu")
-
 Row = tuple[torch.dtype, tuple[int, ...], int]  # a field's rows: dtype, shape, bytes
 
 
-def insert_unchecked_(
-    stored: list[Tensor],  # [capacity, *] each
-    items: Tensor,  # int64 [capacity]
-    seen: Tensor,  # int64 []
-    batch: list[Tensor],  # [count, *] each
-    rows: list[Row],
-    capacity: int,
-    count: int,
-    seed: int,
-) -> None:
-    """:func:`reservoir_insert_`, past the dispatcher where that is possible."""
-    if not _plain(items):
-        _insert(stored, items, seen, batch, seed)
-        return
-    new = _contiguous(batch)
-    fields = _addresses(stored), _addresses(new), [row[2] for row in rows]
-    _core.reservoir_insert(*fields, items.data_ptr(), seen.data_ptr(), capacity, count, seed, _launch.threads())
+def plain_rows(container: type, stored: list[Tensor]) -> _core.PlainRows | None:  # [capacity, *] each
+    """What takes batches of plain tensors and makes samples in one call of the core; ``None`` where nothing can.
+
+    Args:
+        container: what a batch is: ``Tensor``, ``tuple`` or ``list``.
+        stored: the buffer's fields, on the CPU.
+    """
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch has it since 2.10
+    if exchange is None or any(type(field) is not Tensor or field.is_complex() for field in stored):  # conjugate views
+        return None
+    try:
+        return _core.PlainRows(exchange, Tensor, container, stored)
+    except (BufferError, RuntimeError, ValueError):  # a dtype that DLPack does not know
+        return None
 
 
 def mixed_unchecked(
@@ -164,58 +159,11 @@ def mixed_unchecked(
         torch.empty((total, *field.shape[1:]), dtype=field.dtype, device=field.device, pin_memory=pin)
         for field in stored
     ]
-    if _plain(index):
-        places = stored[0].shape[0], index.data_ptr(), index.shape[0]
-        ahead = _contiguous(new)
-        _core.gather_rows(*_rows(stored, rows), _addresses(ahead), count, *places, _launch.threads())
-        return rows
     for out, tensor in zip(rows, new, strict=False):
         out[:count] = tensor
     if index.shape[0]:
         _gather([out[count:] for out in rows], stored, index)
     return rows
-
-
-def copy_unchecked_(
-    stored: list[Tensor],  # [capacity, *] each
-    slot: int,
-    batch: list[Tensor],  # [rows, *] each
-    begin: int,
-    count: int,
-) -> None:
-    """Rows ``begin`` to ``begin + count`` into the slots from ``slot`` on, all fields in one call where possible."""
-    if not _plain(stored[0]):
-        for field, new in zip(stored, batch, strict=True):
-            field[slot : slot + count] = new.detach()[begin : begin + count]
-        return
-    whole = _contiguous(batch)  # lives as long as its addresses are needed
-    to, rows, row_bytes = _rows(stored, whole)
-    to = [address + slot * size for address, size in zip(to, row_bytes, strict=True)]
-    rows = [address + begin * size for address, size in zip(rows, row_bytes, strict=True)]
-    _core.gather_rows(to, to, row_bytes, rows, count, 0, 0, 0, _launch.threads())
-
-
-def sampled_unchecked(
-    new: list[Tensor],  # [count, *] each
-    stored: list[Tensor],  # [slots, *] each
-    rows: list[Row],
-    population: int,
-    replayed: int,
-    seed: int,
-    draw: int,
-    count: int,
-    pin: bool = False,
-) -> list[Tensor]:  # [count + replayed, *] each
-    """:func:`mixed_unchecked` of what :func:`sample_unchecked` draws, at once where that is possible."""
-    if pin or not _plain(stored[0]):
-        index = sample_unchecked(population, replayed, seed, draw, stored[0].device)
-        return mixed_unchecked(new, stored, index, count, pin)
-    total = count + replayed
-    mixed = [torch.empty((total, *shape), dtype=dtype, device=_CPU) for dtype, shape, _ in rows]
-    ahead = _contiguous(new)
-    fields = _addresses(stored), _addresses(mixed), [row[2] for row in rows], _addresses(ahead)
-    _core.sample_rows(*fields, count, population, replayed, seed, draw, _launch.threads())
-    return mixed
 
 
 def sample_unchecked(
@@ -310,7 +258,7 @@ def reservoir_insert_(
     capacity = fields[0].shape[0]
     int64("items", items, (capacity,), fields[0])
     int64("seen", seen, (), fields[0])
-    _insert(fields, items, seen, new, seed_of(seed))
+    insert_dispatched_(fields, items, seen, new, seed_of(seed))
 
 
 def sample_without_replacement(
