@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from limpet.fisher.batches import call
+from limpet.fisher.batches import call, tensors
 from limpet.methods.progressive.laterals import Lateral
 from limpet.methods.progressive.points import Ends, first_input, first_output, same_places, with_first
 
@@ -82,6 +83,39 @@ class Column(nn.Module):
             return call(self.network, inputs), self._kept
         finally:
             self._earlier, self._kept = None, []
+
+
+class Columns(nn.ModuleList):
+    """Columns in the order in which they were added."""
+
+    def __getitem__(self, number: int) -> Column:  # type: ignore[override]
+        return super().__getitem__(number)  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[Column]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def run(self, x: Any, numbers: Iterable[int]) -> tuple[dict[int, Any], dict[int, Features]]:
+        """The outputs and features of some columns, and of those that they read: each runs once.
+
+        Frozen ones run without a graph, unless the inputs themselves require a gradient.
+        """
+        outputs: dict[int, Any] = {}
+        features: dict[int, Features] = {}
+        with_graph = torch.is_grad_enabled()
+        through_frozen = with_graph and any(tensor.requires_grad for tensor in tensors(x))
+        for number in self.needed(numbers):
+            column = self[number]
+            with torch.set_grad_enabled(through_frozen if column.frozen else with_graph):
+                outputs[number], features[number] = column(x, features)
+        return outputs, features
+
+    def needed(self, numbers: Iterable[int]) -> list[int]:
+        """Some columns and all that they read, directly or through others, in order."""
+        needed = set(numbers)
+        for number in range(max(needed, default=0), 0, -1):
+            if number in needed:
+                needed |= self[number].sources
+        return sorted(needed)
 
 
 class _Point:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limpet import _checks
-from limpet.fisher.batches import tensors
 from limpet.methods.progressive import inference, sensitivity
-from limpet.methods.progressive.column import Column, Features
+from limpet.methods.progressive.column import Column, Columns, Features
 from limpet.methods.progressive.growth import ColumnMaker
 from limpet.methods.progressive.laterals import KINDS, Activation
 from limpet.methods.progressive.points import check_paths
@@ -102,7 +101,7 @@ class ProgressiveNetwork(nn.Module):
         self._make = ColumnMaker(column_factory, lateral, check_paths(lateral_points), activation, example)
         self._arguments: list[dict[str, Any]] = []  # what the factory was called with, for a state
         self.tasks: list[Task] = []
-        self.columns = nn.ModuleList()
+        self.columns = Columns()
         self._place: Tensor
         self.register_buffer(
             "_place", torch.empty(0, dtype=torch.float32), persistent=False
@@ -131,11 +130,11 @@ class ProgressiveNetwork(nn.Module):
             raise TypeError(f"task must be a string or an integer, got {_checks.describe(task)}")
         if task in self.tasks:
             raise ValueError(f"task must be a new one, got {task!r}; there are columns for {self._known()}")
-        if self.columns and not self._column(-1).frozen:
+        if self.columns and not self.columns[-1].frozen:
             raise RuntimeError(
                 f"the column of task {self.tasks[-1]!r} is still being trained: call freeze() when its task has ended"
             )
-        self._append(task, arguments, self._make(arguments, list(self._all()), self._place).train(self.training))
+        self._append(task, arguments, self._make(arguments, list(self.columns), self._place).train(self.training))
 
     def freeze(self) -> None:
         """End the last column's task: from now on nothing in it changes, whatever mode the network is in.
@@ -145,7 +144,7 @@ class ProgressiveNetwork(nn.Module):
         """
         if not self.columns:
             raise RuntimeError("there is no column to freeze: call add_column(task)")
-        self._column(-1).freeze()
+        self.columns[-1].freeze()
 
     def forward(self, x: Any, task: Task | None = None) -> Any:
         """What a task's column answers.
@@ -209,11 +208,11 @@ class ProgressiveNetwork(nn.Module):
         """
         _checks.one_of("measure", measure, list(sensitivity.MEASURES))
         number = self._number(task)
-        column = self._column(number)
+        column = self.columns[number]
 
         @torch.no_grad()
         def earlier(x: Any) -> dict[int, Features]:
-            return self._run(x, sorted(column.sources))[1]
+            return self.columns.run(x, column.sources)[1]
 
         with evaluating(self):
             shares = sensitivity.MEASURES[measure](column, number, earlier, batches)
@@ -243,14 +242,14 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(
                 f"found must be of the last column's task, got that of {found.task!r}; columns: {self._known()}"
             )
-        column = self._column(-1)
+        column = self.columns[-1]
         weak = {(point, source) for point, source in column.pairs if found.shares[point, source] < threshold}
         column.prune(weak)
         return [(column.points[point].path, self.tasks[source]) for point, source in sorted(weak)]
 
     def requires_grad_(self, requires_grad: bool = True) -> ProgressiveNetwork:
         """Change whether the last column's parameters require a gradient; those of frozen ones never do."""
-        for column in self._all():
+        for column in self.columns:
             column.requires_grad_(requires_grad and not column.frozen)
         return self
 
@@ -260,8 +259,8 @@ class ProgressiveNetwork(nn.Module):
             "lateral": self.lateral,
             "tasks": list(self.tasks),
             "arguments": [dict(arguments) for arguments in self._arguments],
-            "laterals": [sorted(map(list, column.pairs)) for column in self._all()],
-            "training": bool(self.columns) and not self._column(-1).frozen,
+            "laterals": [sorted(map(list, column.pairs)) for column in self.columns],
+            "training": bool(self.columns) and not self.columns[-1].frozen,
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -282,11 +281,11 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(
                 f"state must begin with the columns of this network ({self._known()}), got {state['tasks']}"
             )
-        if here and here == len(state["tasks"]) and state["training"] and self._column(-1).frozen:
+        if here and here == len(state["tasks"]) and state["training"] and self.columns[-1].frozen:
             raise ValueError(
                 "state must not be of a column in training where that is frozen: load it into a new network"
             )
-        columns = list(self._all())
+        columns = list(self.columns)
         for arguments in state["arguments"][here:]:
             columns.append(self._make(arguments, columns, self._place).train(self.training))
         gone = []
@@ -306,12 +305,6 @@ class ProgressiveNetwork(nn.Module):
     def extra_repr(self) -> str:
         """The kind of laterals, and the tasks."""
         return f"lateral={self.lateral!r}, tasks={self.tasks}"
-
-    def _column(self, number: int) -> Column:
-        return self.columns[number]  # type: ignore[return-value]
-
-    def _all(self) -> Iterator[Column]:
-        yield from self.columns  # type: ignore[misc]
 
     def _known(self) -> str:
         return ", ".join(map(repr, self.tasks)) or "no task yet"
@@ -335,25 +328,5 @@ class ProgressiveNetwork(nn.Module):
 
     def _answer(self, x: Any, numbers: Sequence[int]) -> list[Any]:
         """The outputs of some columns; every column that is needed for them runs once."""
-        outputs, _ = self._run(x, numbers)
+        outputs, _ = self.columns.run(x, numbers)
         return [outputs[number] for number in numbers]
-
-    def _run(self, x: Any, numbers: Sequence[int]) -> tuple[dict[int, Any], dict[int, Features]]:
-        """The outputs and features of some columns, and of those that they read."""
-        outputs: dict[int, Any] = {}
-        features: dict[int, Features] = {}
-        with_graph = torch.is_grad_enabled()
-        through_frozen = with_graph and any(tensor.requires_grad for tensor in tensors(x))
-        for number in self._needed(numbers):
-            column = self._column(number)
-            with torch.set_grad_enabled(through_frozen if column.frozen else with_graph):
-                outputs[number], features[number] = column(x, features)
-        return outputs, features
-
-    def _needed(self, numbers: Sequence[int]) -> list[int]:
-        """Some columns and all that they read, in order."""
-        needed = set(numbers)
-        for number in range(max(numbers, default=0), 0, -1):
-            if number in needed:
-                needed |= self._column(number).sources
-        return sorted(needed)
