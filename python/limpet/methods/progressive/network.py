@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limpet import _checks
-from limpet.methods.progressive import inference, sensitivity
+from limpet.methods.progressive import cache, inference, sensitivity
 from limpet.methods.progressive.column import Column, Columns, Features
 from limpet.methods.progressive.growth import ColumnMaker
 from limpet.methods.progressive.laterals import KINDS, Activation
@@ -146,7 +146,7 @@ class ProgressiveNetwork(nn.Module):
             raise RuntimeError("there is no column to freeze: call add_column(task)")
         self.columns[-1].freeze()
 
-    def forward(self, x: Any, task: Task | None = None) -> Any:
+    def forward(self, x: Any, task: Task | None = None, *, features: cache.FeatureCache | None = None) -> Any:
         """What a task's column answers.
 
         Earlier columns that it reads run once, without a graph unless the inputs themselves require a gradient; columns
@@ -155,14 +155,20 @@ class ProgressiveNetwork(nn.Module):
         Args:
             x: what the columns are called with: a mapping gives keyword arguments, a tuple or list positional ones.
             task: whose column answers. None is for ``infer`` to decide.
+            features: what the task's column reads of earlier ones for these samples: ``cache[index]``, see
+                :meth:`cache_features`. Earlier columns do not run then.
 
         Returns:
             The column's output; where tasks were inferred, for each sample the output of its column: [N, C].
 
         Raises:
             ValueError: there is no column for the task; no task was given and ``infer`` is None; columns have other
-                places than earlier ones at a lateral point.
+                places than earlier ones at a lateral point; ``features`` are of another column or other samples, or
+                beside inputs that require a gradient.
         """
+        if features is not None:
+            column = self.columns[self._number(task)]
+            return column(x, features.read_by(column, x))[0]
         if task is not None:
             return self._answer(x, [self._number(task)])[0]
         if self.infer is None:
@@ -178,6 +184,36 @@ class ProgressiveNetwork(nn.Module):
         with torch.no_grad():
             chosen = inference.entropies(self._answer_all(x)).argmin(1)
         return [self.tasks[number] for number in chosen.tolist()]
+
+    def cache_features(self, inputs: Any, task: Task, *, batch_size: int = 256) -> cache.FeatureCache:
+        """Compute once what a task's column reads of earlier ones, for a data set that fits in memory.
+
+        ::
+
+            print(net.cache_nbytes(x, "dogs"))
+            cache = net.cache_features(x, "dogs")
+            for index in torch.randperm(len(x)).split(128):
+                loss = cross_entropy(net(x[index], "dogs", features=cache[index]), y[index])
+
+        Each step then costs the task's own column. The cache does for one task: a new column needs another. It must not
+        be used with inputs that change from epoch to epoch. What it gives was computed in batches of ``batch_size``;
+        in batches cut otherwise the last bits of a matrix product may differ.
+
+        Args:
+            inputs: all samples, as :meth:`forward` takes them: tensors [N, *]. Batches of them are moved to where the
+                network is, and there the features lie.
+            task: whose column reads.
+            batch_size: how many samples run at once.
+
+        Raises:
+            ValueError: there is no such task or no sample; the features do not fit in memory.
+        """
+        number = self._number(task)
+        return cache.fill(self.columns, number, inputs, _checks.integer("batch_size", batch_size, minimum=1))
+
+    def cache_nbytes(self, inputs: Any, task: Task) -> int:
+        """How many bytes :meth:`cache_features` would take for these inputs; one sample runs for it."""
+        return cache.nbytes(self.columns, self._number(task), inputs)
 
     def parameters_per_column(self) -> dict[Task, int]:
         """How many parameters each task's column has, laterals included."""
@@ -309,8 +345,8 @@ class ProgressiveNetwork(nn.Module):
     def _known(self) -> str:
         return ", ".join(map(repr, self.tasks)) or "no task yet"
 
-    def _number(self, task: Task) -> int:
-        if task not in self.tasks:
+    def _number(self, task: Task | None) -> int:
+        if task is None or task not in self.tasks:
             raise ValueError(f"task must be one that has a column ({self._known()}), got {_checks.describe(task)}")
         return self.tasks.index(task)
 
