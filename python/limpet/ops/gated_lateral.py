@@ -84,7 +84,7 @@ def _sizes(matrix: Tensor) -> tuple[int, int, int]:  # [rows, H] or [N, H, P]
 
 def _forward_cpu(
     x: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, channel_dim: int, keep_product: bool
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     x, h, last = aligned(x, h, channel_dim)
     y = torch.empty_like(x)
     product = torch.empty_like(x) if keep_product else y  # the pass may write y where it reads the product
@@ -102,7 +102,7 @@ def _forward_cpu(
         _launch.DTYPE_CODES[x.dtype],
         _launch.threads(),
     )
-    return y, product if keep_product else x.new_empty(0)
+    return y, product if keep_product else None
 
 
 def _backward_cpu(
@@ -152,11 +152,16 @@ def _backward_cpu(
     return [x_grad, h_grad, products, bias_grad]
 
 
+def _forward_op_cpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    y, product = _forward_cpu(*arguments)
+    return y, y.new_empty(0) if product is None else product
+
+
 def _backward_op_cpu(grad: Tensor, *arguments: Any) -> list[Tensor]:
     return [grad.new_empty(0) if g is None else g for g in _backward_cpu(grad, *arguments)]
 
 
-LIBRARY.impl("gated_lateral", torch.no_grad()(_forward_cpu), "CPU")
+LIBRARY.impl("gated_lateral", torch.no_grad()(_forward_op_cpu), "CPU")
 LIBRARY.impl("gated_lateral_backward", torch.no_grad()(_backward_op_cpu), "CPU")
 serve_by_triton("gated_lateral", "limpet.triton_kernels.gated_lateral")
 serve_by_triton("gated_lateral_backward", "limpet.triton_kernels.gated_lateral")

@@ -16,6 +16,14 @@ Features = list[Tensor | None]  # of one column, point by point
 Probe = Callable[[int, int, Tensor], Tensor]  # (point, column, features) -> features: what a lateral reads
 
 
+class _Pass:
+    """What a column reads, and keeps, while it runs: set without a module's slow way of setting attributes."""
+
+    def __init__(self) -> None:
+        self.earlier: Mapping[int, Features] | None = None
+        self.kept: Features = []
+
+
 class Column(nn.Module):
     """A network and the laterals into it.
 
@@ -36,8 +44,7 @@ class Column(nn.Module):
         self.reads_input = reads_input
         self.frozen = False
         self.probe: Probe | None = None  # sees, and may replace, what is read at a point
-        self._earlier: Mapping[int, Features] | None = None
-        self._kept: Features = []
+        self.passing = _Pass()
         for point, ends in enumerate(points):
             module = network.get_submodule(ends.path)
             module.register_forward_hook(_Point(self, point), with_kwargs=True)
@@ -78,11 +85,12 @@ class Column(nn.Module):
             inputs: what the network is called with, as :func:`limpet.fisher.batches.call` does.
             earlier: the features of each column in :attr:`sources`.
         """
-        self._earlier, self._kept = earlier, [None] * len(self.points)
+        passing = self.passing
+        passing.earlier, passing.kept = earlier, [None] * len(self.points)
         try:
-            return call(self.network, inputs), self._kept
+            return call(self.network, inputs), passing.kept
         finally:
-            self._earlier, self._kept = None, []
+            passing.earlier, passing.kept = None, []
 
 
 class Columns(nn.ModuleList):
@@ -127,18 +135,19 @@ class _Point:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         column, point = self.column, self.point
         lateral: Any = column.laterals._modules.get(self.key)
-        earlier = column._earlier
+        passing = column.passing
+        earlier = passing.earlier
         if earlier is None:
             if lateral is None:
                 return output  # the network alone; nothing is missing
             raise RuntimeError("a column with laterals runs through its ProgressiveNetwork only")
-        if column._kept[point] is not None:
+        if passing.kept[point] is not None:
             raise RuntimeError(f"a lateral point must run once in a forward, {column.points[point].path!r} ran again")
         given, result = first_input(args, kwargs), first_output(output)
         if lateral is not None:
             own = given if column.reads_input else result
             result = lateral(result, [self._read(number, earlier, own) for number in lateral.columns])
-        column._kept[point] = given if column.reads_input else result
+        passing.kept[point] = given if column.reads_input else result
         return with_first(output, result)
 
     def _read(self, number: int, earlier: Mapping[int, Features], own: Tensor) -> Tensor:
