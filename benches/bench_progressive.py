@@ -24,11 +24,11 @@ def network(lateral):
     return net
 
 
-def step(net, x, y):
+def step(net, x, y, features=lambda: None):
     def call():
         for parameter in net.columns[-1].parameters():
             parameter.grad = None
-        F.cross_entropy(net(x, COLUMNS - 1), y).backward()
+        F.cross_entropy(net(x, COLUMNS - 1, features=features()), y).backward()
 
     return call
 
@@ -88,3 +88,14 @@ def test_a_step_beside_its_products(lateral, compare):
     calls = {"ours": step(net, x, y), "baseline": products(net)}
     what = f"a step of {COLUMNS} columns of 3 x {WIDTH}, batch {BATCH}, {lateral}"
     compare(what, "the matrix products in it", "at most 1.15", calls)
+
+
+@pytest.mark.parametrize("lateral", ["adapter", "gated", "sum"])
+def test_a_step_with_cached_features(lateral, compare):
+    """What earlier columns compute is looked up: rows drawn from those of 4096 samples."""
+    data, y = torch.randn(4096, WIDTH), torch.randint(CLASSES, (BATCH,))
+    net, index = network(lateral), torch.randperm(4096)[:BATCH]
+    cache = net.cache_features(data, COLUMNS - 1)
+    calls = {"ours": step(net, data[index], y, lambda: cache[index]), "baseline": step(net, data[index], y)}
+    what = f"a step of {COLUMNS} columns of 3 x {WIDTH}, batch {BATCH}, {lateral}, features cached"
+    compare(what, "the same without a cache", "", calls, notes={"megabytes": round(cache.nbytes / 1e6)})
