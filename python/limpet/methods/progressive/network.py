@@ -14,6 +14,7 @@ from limpet.methods.progressive.column import Column, Columns, Features
 from limpet.methods.progressive.growth import ColumnMaker
 from limpet.methods.progressive.laterals import KINDS, Activation
 from limpet.methods.progressive.points import check_paths
+from limpet.methods.progressive.selector import Selector
 from limpet.methods.quadratic import evaluating
 
 Task = str | int
@@ -58,7 +59,8 @@ class ProgressiveNetwork(nn.Module):
         example: a small batch of inputs, needed where a lateral point is neither a linear layer nor a convolution: each
             new column is run on it once, in evaluation mode. With it all shapes are checked when a column is added.
         infer: what :meth:`forward` does when no task is given: None, an error; ``"entropy"``, it takes for each sample
-            the column whose output has the lowest entropy.
+            the column whose output has the lowest entropy; ``"selector"``, the one that a classifier of the first
+            column's features chooses, see :meth:`learn_selector`.
 
     Attributes:
         columns: the columns, in order.
@@ -97,11 +99,12 @@ class ProgressiveNetwork(nn.Module):
         if not callable(activation):
             raise TypeError(f"activation must be a function, got {_checks.describe(activation)}")
         self.lateral = _checks.one_of("lateral", lateral, list(KINDS))
-        self.infer = infer if infer is None else _checks.one_of("infer", infer, ["entropy"])
+        self.infer = infer if infer is None else _checks.one_of("infer", infer, ["entropy", "selector"])
         self._make = ColumnMaker(column_factory, lateral, check_paths(lateral_points), activation, example)
         self._arguments: list[dict[str, Any]] = []  # what the factory was called with, for a state
         self.tasks: list[Task] = []
         self.columns = Columns()
+        self.selector = Selector() if infer == "selector" else None
         self._place: Tensor
         self.register_buffer(
             "_place", torch.empty(0, dtype=torch.float32), persistent=False
@@ -170,20 +173,52 @@ class ProgressiveNetwork(nn.Module):
             column = self.columns[self._number(task)]
             return column(x, features.read_by(column, x))[0]
         if task is not None:
-            return self._answer(x, [self._number(task)])[0]
+            number = self._number(task)
+            return self.columns.run(x, [number])[0][number]
         if self.infer is None:
             raise ValueError(f"task must be given where infer is None; there are columns for {self._known()}")
-        return inference.of_lowest_entropy(self._answer_all(x))
+        if self.selector is not None:
+            chosen = self.selector(self.columns, x)
+            outputs = self.columns.run(x, set(chosen.tolist()))[0]
+            return inference.chosen_rows({number: outputs[number] for number in set(chosen.tolist())}, chosen)
+        outputs = self._answer_all(x)
+        return inference.chosen_rows(outputs, inference.entropies(list(outputs.values())).argmin(1))
 
     def infer_task(self, x: Any) -> list[Task]:
-        """For each sample the task whose column's output has the lowest entropy: [N].
+        """For each sample the task that ``infer`` chooses, by the lowest entropy where that is None: [N].
 
         Raises:
             ValueError: there is no column, or outputs are not [N, C].
+            RuntimeError: the selector has not learned every column's task.
         """
         with torch.no_grad():
-            chosen = inference.entropies(self._answer_all(x)).argmin(1)
+            if self.selector is not None:
+                chosen = self.selector(self.columns, x)
+            else:
+                chosen = inference.entropies(list(self._answer_all(x).values())).argmin(1)
         return [self.tasks[number] for number in chosen.tolist()]
+
+    def learn_selector(self, batches: Iterable[Any], task: Task) -> None:
+        """Let the selector of ``infer="selector"`` learn a task, from the task's own data alone.
+
+        Call it once for each task, at any time after the first column is frozen, for a task's data as a rule when the
+        task ends. One pass of the first column, and a system of as many equations as that has features.
+
+        Args:
+            batches: ``(inputs, labels)``, labels int64 [N].
+            task: whose they are.
+
+        Raises:
+            TypeError: a batch is no pair.
+            ValueError: there is no such task, no batch, or it was learned before; labels are not [N].
+            RuntimeError: the network has no selector, or its first column is still being trained.
+        """
+        if self.selector is None:
+            raise RuntimeError(f"there is no selector: infer must be 'selector', it is {self.infer!r}")
+        number = self._number(task)
+        if not self.columns[0].frozen:
+            raise RuntimeError("the selector looks at the first column, which is still being trained: call freeze()")
+        self.selector.learn(self.columns, number, batches)
 
     def cache_features(self, inputs: Any, task: Task, *, batch_size: int = 256) -> cache.FeatureCache:
         """Compute once what a task's column reads of earlier ones, for a data set that fits in memory.
@@ -357,12 +392,7 @@ class ProgressiveNetwork(nn.Module):
         self.tasks.append(task)
         self._arguments.append(dict(arguments))
 
-    def _answer_all(self, x: Any) -> list[Tensor]:
+    def _answer_all(self, x: Any) -> dict[int, Any]:
         if not self.tasks:
             raise ValueError("there must be a column to infer a task, call add_column(task)")
-        return self._answer(x, range(len(self.tasks)))
-
-    def _answer(self, x: Any, numbers: Sequence[int]) -> list[Any]:
-        """The outputs of some columns; every column that is needed for them runs once."""
-        outputs, _ = self.columns.run(x, numbers)
-        return [outputs[number] for number in numbers]
+        return self.columns.run(x, range(len(self.tasks)))[0]
