@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from limpet import ProgressiveNetwork
+from peers.measure import quiet
 from peers.operators import declare_torchvision_operators
 
 COLUMNS, WIDTH, BATCH, CLASSES = 5, 512, 128, 10
@@ -47,7 +48,8 @@ def avalanche():
     """Avalanche's network after five tasks; None where it is not installed."""
     declare_torchvision_operators()
     try:
-        from avalanche.models.pnn import PNN
+        with quiet():
+            from avalanche.models.pnn import PNN
     except ImportError:
         return None
     net = PNN(num_layers=3, in_features=WIDTH, hidden_features_per_column=WIDTH, adapter="mlp")
