@@ -26,12 +26,12 @@ class Selector(nn.Module):
     oracle approximating estimate of Chen et al. 2010, eq. 23), so that nothing has to be chosen.
 
     Attributes:
-        covariance: [D, D], within classes, over all samples.
-        means: [C, D] of the classes.
+        covariance: float64 [D, D], within classes, over all samples.
+        means: float64 [C, D] of the classes.
         counts: int64 [C], samples of each class.
         column: int64 [C], the number of each class's column.
-        weight: [C, D], ``S^{-1} m_c``.
-        bias: [C], ``-m_c^T S^{-1} m_c / 2``.
+        weight: float64 [C, D], ``S^{-1} m_c``.
+        bias: float64 [C], ``-m_c^T S^{-1} m_c / 2``.
     """
 
     covariance: Tensor
@@ -71,12 +71,12 @@ class Selector(nn.Module):
         if not torch.isfinite(scatter).all():
             raise ValueError("features of the first column must be finite to learn a task")
         if len(self.counts):
-            scatter = scatter + self.covariance.double() * self.counts.sum()
-            means = torch.cat([self.means.double(), means])
+            scatter = scatter + self.covariance * self.counts.sum()
+            means = torch.cat([self.means, means])
         self.counts = torch.cat([self.counts, number_of])
         self.column = torch.cat([self.column, torch.full_like(number_of, number)])
-        self._set("means", means)
-        self._set("covariance", scatter / self.counts.sum())
+        self.means = means
+        self.covariance = scatter / self.counts.sum()
         self._solve()
 
     def forward(self, columns: Columns, x: Any) -> Tensor:  # -> int64 [N]
@@ -85,12 +85,12 @@ class Selector(nn.Module):
         if missing or not len(columns):
             raise RuntimeError(f"the selector has not learned the tasks of columns {sorted(missing)}: learn_selector")
         features = first_features(columns, x)
-        scores = torch.addmm(self.bias, features.to(self.weight.dtype), self.weight.T)
+        scores = torch.addmm(self.bias, features.double(), self.weight.T)
         of_task = [scores[:, self.column == number].logsumexp(1) for number in range(len(columns))]
         return torch.stack(of_task, 1).argmax(1)
 
     def _solve(self) -> None:
-        means, scatter = self.means.double(), self.covariance.double() * self.counts.sum()
+        means, scatter = self.means, self.covariance * self.counts.sum()
         size, freedom = len(scatter), max(1, int(self.counts.sum()) - len(self.counts))
         covariance = scatter / freedom
         trace, squares = covariance.trace(), covariance.square().sum()
@@ -99,12 +99,15 @@ class Selector(nn.Module):
         shrinkage = float((wanted / excess).clamp(0.0, 1.0)) if excess > 0 else 1.0
         spread = max(float(shrinkage * trace / size), _LEAST_SPREAD * float(means.square().sum(1).max()))
         covariance.mul_(1 - shrinkage).diagonal().add_(spread or 1.0)
-        weight = torch.linalg.solve(covariance, means.T).T
-        self._set("weight", weight)
-        self._set("bias", -0.5 * (weight * means).sum(1))
+        self.weight = torch.linalg.solve(covariance, means.T).T.contiguous()
+        self.bias = -0.5 * (self.weight * means).sum(1)
 
-    def _set(self, name: str, value: Tensor) -> None:
-        setattr(self, name, value.to(getattr(self, name).dtype))
+    def _apply(self, fn: Any, recurse: bool = True) -> Selector:
+        """Goes where the network is moved, and is not cast: a narrow covariance would be singular."""
+        for name, buffer in self.named_buffers(recurse=False):
+            moved = fn(buffer)
+            setattr(self, name, moved if moved.dtype == buffer.dtype else buffer.to(moved.device))
+        return self
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         """As large as in the state."""
