@@ -65,7 +65,7 @@ def test_the_page_on_progressive_networks_runs(tmp_path, monkeypatch):
     for block in blocks:
         exec(compile(block, "progressive.md", "exec"), scope)
     assert (tmp_path / "feeds.png").exists()
-    assert scope["net"].tasks == ["digits", "letters", "signs"]
+    assert scope["net"].tasks == ["digits", "letters"]
 
 
 def test_the_readme_shows_the_two_commands():

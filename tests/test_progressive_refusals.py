@@ -30,7 +30,7 @@ def grow(net, tasks):
         ({"lateral_points": []}, ValueError, "one or more submodules, each once, got []"),
         ({"lateral_points": ["2", "2"]}, ValueError, "one or more submodules, each once, got ['2', '2']"),
         ({"activation": "relu"}, TypeError, "activation must be a function, got str 'relu'"),
-        ({"infer": "selector"}, ValueError, "infer must be one of 'entropy', got str 'selector'"),
+        ({"infer": "oracle"}, ValueError, "infer must be one of 'entropy', 'selector', got str 'oracle'"),
     ],
 )
 def test_settings(arguments, error, words):

@@ -9,15 +9,17 @@ from pathlib import Path
 import torch
 
 
-def require_room(sizes: Sequence[int], device: torch.device, folder: Path | None = None) -> None:
-    """Require that a device, or the disk of a folder, has so many bytes free, as far as it says.
+def require_room(
+    sizes: Sequence[int], device: torch.device, folder: Path | None = None, *, what: str = "capacity"
+) -> None:
+    """Require that a device, or the disk of a folder, has so many bytes free for something, as far as it says.
 
     Raises:
         ValueError: it has fewer.
     """
     asked, free = sum(sizes), _free(device) if folder is None else shutil.disk_usage(folder).free
     if free is not None and asked > free:
-        raise ValueError(f"capacity must fit {folder or device}: {asked} bytes are asked for, {free} are free")
+        raise ValueError(f"{what} must fit {folder or device}: {asked} bytes are asked for, {free} are free")
 
 
 def _free(device: torch.device) -> int | None:

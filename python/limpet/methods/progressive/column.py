@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from limpet.fisher.batches import call
+from limpet.fisher.batches import call, tensors
 from limpet.methods.progressive.laterals import Lateral
 from limpet.methods.progressive.points import Ends, first_input, first_output, same_places, with_first
 
 Features = list[Tensor | None]  # of one column, point by point
 Probe = Callable[[int, int, Tensor], Tensor]  # (point, column, features) -> features: what a lateral reads
+
+
+class _Pass:
+    """What a column reads, and keeps, while it runs: set without a module's slow way of setting attributes."""
+
+    def __init__(self) -> None:
+        self.earlier: Mapping[int, Features] | None = None
+        self.kept: Features = []
 
 
 class Column(nn.Module):
@@ -35,8 +44,7 @@ class Column(nn.Module):
         self.reads_input = reads_input
         self.frozen = False
         self.probe: Probe | None = None  # sees, and may replace, what is read at a point
-        self._earlier: Mapping[int, Features] | None = None
-        self._kept: Features = []
+        self.passing = _Pass()
         for point, ends in enumerate(points):
             module = network.get_submodule(ends.path)
             module.register_forward_hook(_Point(self, point), with_kwargs=True)
@@ -77,11 +85,45 @@ class Column(nn.Module):
             inputs: what the network is called with, as :func:`limpet.fisher.batches.call` does.
             earlier: the features of each column in :attr:`sources`.
         """
-        self._earlier, self._kept = earlier, [None] * len(self.points)
+        passing = self.passing
+        passing.earlier, passing.kept = earlier, [None] * len(self.points)
         try:
-            return call(self.network, inputs), self._kept
+            return call(self.network, inputs), passing.kept
         finally:
-            self._earlier, self._kept = None, []
+            passing.earlier, passing.kept = None, []
+
+
+class Columns(nn.ModuleList):
+    """Columns in the order in which they were added."""
+
+    def __getitem__(self, number: int) -> Column:  # type: ignore[override]
+        return super().__getitem__(number)  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[Column]:
+        return super().__iter__()  # type: ignore[return-value]
+
+    def run(self, x: Any, numbers: Iterable[int]) -> tuple[dict[int, Any], dict[int, Features]]:
+        """The outputs and features of some columns, and of those that they read: each runs once.
+
+        Frozen ones run without a graph, unless the inputs themselves require a gradient.
+        """
+        outputs: dict[int, Any] = {}
+        features: dict[int, Features] = {}
+        with_graph = torch.is_grad_enabled()
+        through_frozen = with_graph and any(tensor.requires_grad for tensor in tensors(x))
+        for number in self.needed(numbers):
+            column = self[number]
+            with torch.set_grad_enabled(through_frozen if column.frozen else with_graph):
+                outputs[number], features[number] = column(x, features)
+        return outputs, features
+
+    def needed(self, numbers: Iterable[int]) -> list[int]:
+        """Some columns and all that they read, directly or through others, in order."""
+        needed = set(numbers)
+        for number in range(max(needed, default=0), 0, -1):
+            if number in needed:
+                needed |= self[number].sources
+        return sorted(needed)
 
 
 class _Point:
@@ -93,18 +135,19 @@ class _Point:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         column, point = self.column, self.point
         lateral: Any = column.laterals._modules.get(self.key)
-        earlier = column._earlier
+        passing = column.passing
+        earlier = passing.earlier
         if earlier is None:
             if lateral is None:
                 return output  # the network alone; nothing is missing
             raise RuntimeError("a column with laterals runs through its ProgressiveNetwork only")
-        if column._kept[point] is not None:
+        if passing.kept[point] is not None:
             raise RuntimeError(f"a lateral point must run once in a forward, {column.points[point].path!r} ran again")
         given, result = first_input(args, kwargs), first_output(output)
         if lateral is not None:
             own = given if column.reads_input else result
             result = lateral(result, [self._read(number, earlier, own) for number in lateral.columns])
-        column._kept[point] = given if column.reads_input else result
+        passing.kept[point] = given if column.reads_input else result
         return with_first(output, result)
 
     def _read(self, number: int, earlier: Mapping[int, Features], own: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Which column should answer: the one whose output has the lowest entropy."""
+"""Which column should answer: its output's entropy, and the rows of columns that were chosen."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,11 @@ def entropies(outputs: Sequence[Tensor]) -> Tensor:  # K of [N, C_k] -> [N, K]
     return torch.stack([-(log.exp() * log).sum(1) / math.log(max(log.shape[1], 2)) for log in logs], dim=1)
 
 
-def of_lowest_entropy(outputs: Sequence[Tensor]) -> Tensor:  # K of [N, C] -> [N, C]
-    """For each sample the output of the column that is surest."""
-    chosen = entropies(outputs).argmin(1)
-    if len({output.shape[1] for output in outputs}) > 1:
-        shapes = [list(output.shape) for output in outputs]
+def chosen_rows(outputs: Mapping[int, Tensor], chosen: Tensor) -> Tensor:  # columns' [N, C], int64 [N] -> [N, C]
+    """For each sample the output of the column with the chosen number."""
+    if len({output.shape[1:] for output in outputs.values()}) > 1:
+        shapes = [list(output.shape) for output in outputs.values()]
         raise ValueError(f"outputs must be of one shape where the task is inferred, got {shapes}: use infer_task")
-    return torch.stack(list(outputs))[chosen, torch.arange(len(chosen), device=chosen.device)]
+    numbers = torch.tensor(sorted(outputs), device=chosen.device)
+    stacked = torch.stack([outputs[number] for number in sorted(outputs)])
+    return stacked[torch.searchsorted(numbers, chosen), torch.arange(len(chosen), device=chosen.device)]

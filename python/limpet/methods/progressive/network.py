@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limpet import _checks
-from limpet.fisher.batches import tensors
-from limpet.methods.progressive import inference, sensitivity
-from limpet.methods.progressive.column import Column, Features
+from limpet.methods.progressive import cache, inference, sensitivity
+from limpet.methods.progressive.column import Column, Columns, Features
 from limpet.methods.progressive.growth import ColumnMaker
 from limpet.methods.progressive.laterals import KINDS, Activation
 from limpet.methods.progressive.points import check_paths
+from limpet.methods.progressive.selector import Selector
 from limpet.methods.quadratic import evaluating
 
 Task = str | int
@@ -59,7 +59,8 @@ class ProgressiveNetwork(nn.Module):
         example: a small batch of inputs, needed where a lateral point is neither a linear layer nor a convolution: each
             new column is run on it once, in evaluation mode. With it all shapes are checked when a column is added.
         infer: what :meth:`forward` does when no task is given: None, an error; ``"entropy"``, it takes for each sample
-            the column whose output has the lowest entropy.
+            the column whose output has the lowest entropy; ``"selector"``, the one that a classifier of the first
+            column's features chooses, see :meth:`learn_selector`.
 
     Attributes:
         columns: the columns, in order.
@@ -98,11 +99,12 @@ class ProgressiveNetwork(nn.Module):
         if not callable(activation):
             raise TypeError(f"activation must be a function, got {_checks.describe(activation)}")
         self.lateral = _checks.one_of("lateral", lateral, list(KINDS))
-        self.infer = infer if infer is None else _checks.one_of("infer", infer, ["entropy"])
+        self.infer = infer if infer is None else _checks.one_of("infer", infer, ["entropy", "selector"])
         self._make = ColumnMaker(column_factory, lateral, check_paths(lateral_points), activation, example)
         self._arguments: list[dict[str, Any]] = []  # what the factory was called with, for a state
         self.tasks: list[Task] = []
-        self.columns = nn.ModuleList()
+        self.columns = Columns()
+        self.selector = Selector() if infer == "selector" else None
         self._place: Tensor
         self.register_buffer(
             "_place", torch.empty(0, dtype=torch.float32), persistent=False
@@ -131,11 +133,11 @@ class ProgressiveNetwork(nn.Module):
             raise TypeError(f"task must be a string or an integer, got {_checks.describe(task)}")
         if task in self.tasks:
             raise ValueError(f"task must be a new one, got {task!r}; there are columns for {self._known()}")
-        if self.columns and not self._column(-1).frozen:
+        if self.columns and not self.columns[-1].frozen:
             raise RuntimeError(
                 f"the column of task {self.tasks[-1]!r} is still being trained: call freeze() when its task has ended"
             )
-        self._append(task, arguments, self._make(arguments, list(self._all()), self._place).train(self.training))
+        self._append(task, arguments, self._make(arguments, list(self.columns), self._place).train(self.training))
 
     def freeze(self) -> None:
         """End the last column's task: from now on nothing in it changes, whatever mode the network is in.
@@ -145,9 +147,9 @@ class ProgressiveNetwork(nn.Module):
         """
         if not self.columns:
             raise RuntimeError("there is no column to freeze: call add_column(task)")
-        self._column(-1).freeze()
+        self.columns[-1].freeze()
 
-    def forward(self, x: Any, task: Task | None = None) -> Any:
+    def forward(self, x: Any, task: Task | None = None, *, features: cache.FeatureCache | None = None) -> Any:
         """What a task's column answers.
 
         Earlier columns that it reads run once, without a graph unless the inputs themselves require a gradient; columns
@@ -156,29 +158,97 @@ class ProgressiveNetwork(nn.Module):
         Args:
             x: what the columns are called with: a mapping gives keyword arguments, a tuple or list positional ones.
             task: whose column answers. None is for ``infer`` to decide.
+            features: what the task's column reads of earlier ones for these samples: ``cache[index]``, see
+                :meth:`cache_features`. Earlier columns do not run then.
 
         Returns:
             The column's output; where tasks were inferred, for each sample the output of its column: [N, C].
 
         Raises:
             ValueError: there is no column for the task; no task was given and ``infer`` is None; columns have other
-                places than earlier ones at a lateral point.
+                places than earlier ones at a lateral point; ``features`` are of another column or other samples, or
+                beside inputs that require a gradient.
         """
+        if features is not None:
+            column = self.columns[self._number(task)]
+            return column(x, features.read_by(column, x))[0]
         if task is not None:
-            return self._answer(x, [self._number(task)])[0]
+            number = self._number(task)
+            return self.columns.run(x, [number])[0][number]
         if self.infer is None:
             raise ValueError(f"task must be given where infer is None; there are columns for {self._known()}")
-        return inference.of_lowest_entropy(self._answer_all(x))
+        if self.selector is not None:
+            chosen = self.selector(self.columns, x)
+            outputs = self.columns.run(x, set(chosen.tolist()))[0]
+            return inference.chosen_rows({number: outputs[number] for number in set(chosen.tolist())}, chosen)
+        outputs = self._answer_all(x)
+        return inference.chosen_rows(outputs, inference.entropies(list(outputs.values())).argmin(1))
 
     def infer_task(self, x: Any) -> list[Task]:
-        """For each sample the task whose column's output has the lowest entropy: [N].
+        """For each sample the task that ``infer`` chooses, by the lowest entropy where that is None: [N].
 
         Raises:
             ValueError: there is no column, or outputs are not [N, C].
+            RuntimeError: the selector has not learned every column's task.
         """
         with torch.no_grad():
-            chosen = inference.entropies(self._answer_all(x)).argmin(1)
+            if self.selector is not None:
+                chosen = self.selector(self.columns, x)
+            else:
+                chosen = inference.entropies(list(self._answer_all(x).values())).argmin(1)
         return [self.tasks[number] for number in chosen.tolist()]
+
+    def learn_selector(self, batches: Iterable[Any], task: Task) -> None:
+        """Let the selector of ``infer="selector"`` learn a task, from the task's own data alone.
+
+        Call it once for each task, at any time after the first column is frozen, for a task's data as a rule when the
+        task ends. One pass of the first column, and a system of as many equations as that has features.
+
+        Args:
+            batches: ``(inputs, labels)``, labels int64 [N].
+            task: whose they are.
+
+        Raises:
+            TypeError: a batch is no pair.
+            ValueError: there is no such task, no batch, or it was learned before; labels are not [N].
+            RuntimeError: the network has no selector, or its first column is still being trained.
+        """
+        if self.selector is None:
+            raise RuntimeError(f"there is no selector: infer must be 'selector', it is {self.infer!r}")
+        number = self._number(task)
+        if not self.columns[0].frozen:
+            raise RuntimeError("the selector looks at the first column, which is still being trained: call freeze()")
+        self.selector.learn(self.columns, number, batches)
+
+    def cache_features(self, inputs: Any, task: Task, *, batch_size: int = 256) -> cache.FeatureCache:
+        """Compute once what a task's column reads of earlier ones, for a data set that fits in memory.
+
+        ::
+
+            print(net.cache_nbytes(x, "dogs"))
+            cache = net.cache_features(x, "dogs")
+            for index in torch.randperm(len(x)).split(128):
+                loss = cross_entropy(net(x[index], "dogs", features=cache[index]), y[index])
+
+        Each step then costs the task's own column. The cache does for one task: a new column needs another. It must not
+        be used with inputs that change from epoch to epoch. What it gives was computed in batches of ``batch_size``;
+        in batches cut otherwise the last bits of a matrix product may differ.
+
+        Args:
+            inputs: all samples, as :meth:`forward` takes them: tensors [N, *]. Batches of them are moved to where the
+                network is, and there the features lie.
+            task: whose column reads.
+            batch_size: how many samples run at once.
+
+        Raises:
+            ValueError: there is no such task or no sample; the features do not fit in memory.
+        """
+        number = self._number(task)
+        return cache.fill(self.columns, number, inputs, _checks.integer("batch_size", batch_size, minimum=1))
+
+    def cache_nbytes(self, inputs: Any, task: Task) -> int:
+        """How many bytes :meth:`cache_features` would take for these inputs; one sample runs for it."""
+        return cache.nbytes(self.columns, self._number(task), inputs)
 
     def parameters_per_column(self) -> dict[Task, int]:
         """How many parameters each task's column has, laterals included."""
@@ -209,11 +279,11 @@ class ProgressiveNetwork(nn.Module):
         """
         _checks.one_of("measure", measure, list(sensitivity.MEASURES))
         number = self._number(task)
-        column = self._column(number)
+        column = self.columns[number]
 
         @torch.no_grad()
         def earlier(x: Any) -> dict[int, Features]:
-            return self._run(x, sorted(column.sources))[1]
+            return self.columns.run(x, column.sources)[1]
 
         with evaluating(self):
             shares = sensitivity.MEASURES[measure](column, number, earlier, batches)
@@ -243,14 +313,14 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(
                 f"found must be of the last column's task, got that of {found.task!r}; columns: {self._known()}"
             )
-        column = self._column(-1)
+        column = self.columns[-1]
         weak = {(point, source) for point, source in column.pairs if found.shares[point, source] < threshold}
         column.prune(weak)
         return [(column.points[point].path, self.tasks[source]) for point, source in sorted(weak)]
 
     def requires_grad_(self, requires_grad: bool = True) -> ProgressiveNetwork:
         """Change whether the last column's parameters require a gradient; those of frozen ones never do."""
-        for column in self._all():
+        for column in self.columns:
             column.requires_grad_(requires_grad and not column.frozen)
         return self
 
@@ -260,8 +330,8 @@ class ProgressiveNetwork(nn.Module):
             "lateral": self.lateral,
             "tasks": list(self.tasks),
             "arguments": [dict(arguments) for arguments in self._arguments],
-            "laterals": [sorted(map(list, column.pairs)) for column in self._all()],
-            "training": bool(self.columns) and not self._column(-1).frozen,
+            "laterals": [sorted(map(list, column.pairs)) for column in self.columns],
+            "training": bool(self.columns) and not self.columns[-1].frozen,
         }
 
     def set_extra_state(self, state: Any) -> None:
@@ -282,11 +352,11 @@ class ProgressiveNetwork(nn.Module):
             raise ValueError(
                 f"state must begin with the columns of this network ({self._known()}), got {state['tasks']}"
             )
-        if here and here == len(state["tasks"]) and state["training"] and self._column(-1).frozen:
+        if here and here == len(state["tasks"]) and state["training"] and self.columns[-1].frozen:
             raise ValueError(
                 "state must not be of a column in training where that is frozen: load it into a new network"
             )
-        columns = list(self._all())
+        columns = list(self.columns)
         for arguments in state["arguments"][here:]:
             columns.append(self._make(arguments, columns, self._place).train(self.training))
         gone = []
@@ -307,17 +377,11 @@ class ProgressiveNetwork(nn.Module):
         """The kind of laterals, and the tasks."""
         return f"lateral={self.lateral!r}, tasks={self.tasks}"
 
-    def _column(self, number: int) -> Column:
-        return self.columns[number]  # type: ignore[return-value]
-
-    def _all(self) -> Iterator[Column]:
-        yield from self.columns  # type: ignore[misc]
-
     def _known(self) -> str:
         return ", ".join(map(repr, self.tasks)) or "no task yet"
 
-    def _number(self, task: Task) -> int:
-        if task not in self.tasks:
+    def _number(self, task: Task | None) -> int:
+        if task is None or task not in self.tasks:
             raise ValueError(f"task must be one that has a column ({self._known()}), got {_checks.describe(task)}")
         return self.tasks.index(task)
 
@@ -328,32 +392,7 @@ class ProgressiveNetwork(nn.Module):
         self.tasks.append(task)
         self._arguments.append(dict(arguments))
 
-    def _answer_all(self, x: Any) -> list[Tensor]:
+    def _answer_all(self, x: Any) -> dict[int, Any]:
         if not self.tasks:
             raise ValueError("there must be a column to infer a task, call add_column(task)")
-        return self._answer(x, range(len(self.tasks)))
-
-    def _answer(self, x: Any, numbers: Sequence[int]) -> list[Any]:
-        """The outputs of some columns; every column that is needed for them runs once."""
-        outputs, _ = self._run(x, numbers)
-        return [outputs[number] for number in numbers]
-
-    def _run(self, x: Any, numbers: Sequence[int]) -> tuple[dict[int, Any], dict[int, Features]]:
-        """The outputs and features of some columns, and of those that they read."""
-        outputs: dict[int, Any] = {}
-        features: dict[int, Features] = {}
-        with_graph = torch.is_grad_enabled()
-        through_frozen = with_graph and any(tensor.requires_grad for tensor in tensors(x))
-        for number in self._needed(numbers):
-            column = self._column(number)
-            with torch.set_grad_enabled(through_frozen if column.frozen else with_graph):
-                outputs[number], features[number] = column(x, features)
-        return outputs, features
-
-    def _needed(self, numbers: Sequence[int]) -> list[int]:
-        """Some columns and all that they read, in order."""
-        needed = set(numbers)
-        for number in range(max(numbers, default=0), 0, -1):
-            if number in needed:
-                needed |= self._column(number).sources
-        return sorted(needed)
+        return self.columns.run(x, range(len(self.tasks)))[0]
