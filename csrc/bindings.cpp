@@ -10,6 +10,7 @@
 #endif
 
 #include <array>
+#include <cstdlib>
 #include <vector>
 
 #include "bind_rows.h"
@@ -378,6 +379,13 @@ void prefer_huge_pages([[maybe_unused]] Address address, [[maybe_unused]] std::i
 #endif
 }
 
+// glibc raises its limits by itself when a mapped block of at most 32 MB is freed (mallopt(3), M_MMAP_THRESHOLD). The
+// block is never written to; volatile, or the compiler would leave both calls out.
+void keep_freed_memory() {
+  void* volatile block = std::malloc((32 << 20) - (64 << 10));
+  std::free(block);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = LIMPET_VERSION;
@@ -451,6 +459,7 @@ PYBIND11_MODULE(_core, m) {
 
   m.def("build_info", build_info);
   m.def("prefer_huge_pages", prefer_huge_pages);
+  m.def("keep_freed_memory", keep_freed_memory);
   py::class_<QuadraticLists>(m, "QuadraticLists")
       .def(py::init<std::vector<Address>, std::vector<Address>, std::vector<Address>, std::vector<Address>, Sizes,
                     std::vector<int>, std::vector<int>, std::vector<int>>());

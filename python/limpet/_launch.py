@@ -22,16 +22,6 @@ def workspace(size: int, device: torch.device) -> Tensor:  # [size] bytes
     return torch.empty(size, dtype=torch.uint8, device=device)
 
 
-def keep_freed_memory() -> None:
-    """Let the C library keep what one batch frees for the next, up to 64 MB of it.
-
-    Returned to the system, a pass's activations have their pages cleared again in every batch: 5 % of an encoder's
-    pass. glibc raises its limits by itself when a block of up to 32 MB is freed (mallopt(3), M_MMAP_THRESHOLD), as in
-    programs that free one anyway; the block is never written to, so it costs two system calls.
-    """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
-
-
 _HUGE_PAGE = 2 << 20  # bytes
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from limpet._launch import keep_freed_memory
+from limpet import _core
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.contributions import Contribution
 from limpet.fisher.layout import Layout
@@ -52,7 +52,9 @@ class Computation:
         self._names = {id(p): name for name, p in params.items()}
         self._device = next(iter(params.values())).device
         if self._device.type == "cpu":
-            keep_freed_memory()
+            # glibc is to keep what one batch frees for the next, up to 64 MB: returned to the system, the pages of the
+            # activations would be cleared again in every batch, which took 5 % of an encoder's pass.
+            _core.keep_freed_memory()
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
