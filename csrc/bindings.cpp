@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <vector>
 
+#include "bind_plain_sums.h"
 #include "bind_rows.h"
 #include "check.h"
 #include "cpu/isa.h"
@@ -552,6 +553,7 @@ PYBIND11_MODULE(_core, m) {
 
   bind_path_integral(m);
   bind_reservoir(m);
+  bind_plain_sums(m);
   bind_rows(m);
   bind_keyed(m);
   bind_gated_lateral(m);

@@ -17,6 +17,7 @@ namespace limpet::cpu {
 // Strides are in elements.
 struct LinearArgs {
   void* total;                                  // [O, I] contiguous, compute type of dtype; added to
+  void* bias_total;                             // [O], the same; or null
   const void* output_grad;                      // [N, T, O]
   const void* input;                            // [N, T, I]
   std::int64_t samples, places, rows, columns;  // N, T, O, I

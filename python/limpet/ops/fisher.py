@@ -188,6 +188,27 @@ for _name, _kernel in (
     LIBRARY.impl(f"sum_grad_squared_{_name}_", _kernel, "CPU")
 
 
+# --- plain tensors on the CPU ----------------------------------------------------------------------------------------
+
+
+def _plain_sums() -> _core.PlainSums | None:
+    exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # torch has it since 2.10
+    return None if exchange is None else _core.PlainSums(exchange, Tensor)
+
+
+_PLAIN = _plain_sums()
+
+
+def _added(name: str, totals: Sequence[Tensor | None], *args: Any) -> bool:
+    """Whether one call of the core added to the totals, past checks and dispatcher: where all is plain and fits."""
+    if _PLAIN is None or totals[0] is None or torch.compiler.is_compiling():
+        return False
+    if not getattr(_PLAIN, name)(*totals, *args, _launch.threads()):
+        return False
+    torch.autograd.graph.increment_version([total for total in totals if total is not None])
+    return True
+
+
 # --- validation ------------------------------------------------------------------------------------------------------
 
 
@@ -261,8 +282,9 @@ def sum_grad_squared_linear(
     input: Tensor,  # [N, *, I]
     *,
     into: Tensor | None = None,  # [O, I]
+    bias_into: Tensor | None = None,  # [O]
 ) -> Tensor:  # [O, I]
-    r"""Sum over samples of the squared weight gradient of ``y = x W^T``.
+    r"""Sum over samples of the squared weight gradient of ``y = x W^T + b``.
 
     .. math:: S = \sum_n \Big(\sum_t d_{n,t} a_{n,t}^\top\Big)^2
 
@@ -273,6 +295,7 @@ def sum_grad_squared_linear(
         output_grad: ``[N, *, O]``, float32, float64, bfloat16 or float16; any strides. ``*`` may be empty.
         input: ``[N, *, I]`` with the same leading dimensions, dtype and device.
         into: ``[O, I]``, contiguous; the sum is added to it. Narrow inputs are summed in float32.
+        bias_into: ``[O]``, the result's dtype; :func:`sum_grad_squared_bias` is added to it, at less than its price.
 
     Returns:
         ``[O, I]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
@@ -287,6 +310,8 @@ def sum_grad_squared_linear(
     tensor([[37.],
             [ 4.]])
     """
+    if into is not None and _added("linear", (into, bias_into), output_grad, input):
+        return into
     d, a = _pair(output_grad, input)
     if d.dim() < 2 or d.shape[:-1] != a.shape[:-1]:
         raise ValueError(
@@ -294,7 +319,10 @@ def sum_grad_squared_linear(
             f"got {list(d.shape)} and {list(a.shape)}"
         )
     total = _total(into, (d.shape[-1], a.shape[-1]), d)
+    bias_total = None if bias_into is None else _total(bias_into, d.shape[-1:], d)
     _linear(total, _one_place_dim(d), _one_place_dim(a))
+    if bias_total is not None:
+        _bias(bias_total, _channels_last_or_first("output_grad", d, -1))
     return total
 
 
@@ -385,6 +413,8 @@ def sum_grad_squared_bias(
     >>> sum_grad_squared_bias(torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]]))
     tensor([18.])
     """
+    if into is not None and channel_dim in (1, -1) and _added("bias", (into,), output_grad, channel_dim):
+        return into
     d = _channels_last_or_first("output_grad", _checks.float_tensor("output_grad", output_grad), channel_dim)
     total = _total(into, (d.shape[2],), d)
     _bias(total, d)
@@ -424,6 +454,8 @@ def sum_grad_squared_scale(
     >>> sum_grad_squared_scale(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]), shift=torch.tensor([1.0, 0.5]))
     tensor([4., 0.])
     """
+    if into is not None and channel_dim in (1, -1) and _added("scale", (into,), output_grad, input, shift, channel_dim):
+        return into
     d, x = _pair(output_grad, input)
     if d.shape != x.shape:
         raise ValueError(f"input must have output_grad's shape {list(d.shape)}, got {list(x.shape)}")
