@@ -69,6 +69,10 @@ bool same_sizes(const dlpack::Tensor& a, const dlpack::Tensor& b, int count) {
   return std::equal(a.shape, a.shape + count, b.shape);
 }
 
+bool same_shape(const dlpack::Tensor& a, const dlpack::Tensor& b) {
+  return a.ndim == b.ndim && same_sizes(a, b, a.ndim);
+}
+
 // Each function adds a sum of squares to the totals that are not None, and says whether it could: it does nothing where
 // an argument is not a plain tensor on the CPU, of a dtype, a shape and strides that the kernels take.
 class PlainSums {
@@ -83,8 +87,8 @@ class PlainSums {
   bool linear(py::handle total, py::handle bias_total, py::handle output_grad, py::handle input, int threads) const {
     dlpack::Tensor d, x;
     cpu::LinearArgs args{};
-    if (!operand(output_grad, &d) || !operand(input, &x) || d.ndim < 2 || d.ndim != x.ndim || !(d.dtype == x.dtype) ||
-        !same_sizes(d, x, d.ndim - 1) || !code_of(d.dtype, &args.dtype))
+    if (!operand(output_grad, &d) || !operand(input, &x) || d.ndim < 2 || d.ndim != x.ndim ||
+        !same_sizes(d, x, d.ndim - 1) || !(d.dtype == x.dtype) || !code_of(d.dtype, &args.dtype))
       return false;
     std::int64_t x_places;
     const int last = d.ndim - 1;
@@ -123,6 +127,41 @@ class PlainSums {
     return channel(total, output_grad, &input, shift.is_none() ? nullptr : &shift, channel_dim, threads);
   }
 
+  // total [C], bias_total [C] or None, output_grad and input [N, *, C], mean and rstd [N, *, 1]
+  bool norm(py::handle total, py::handle bias_total, py::handle output_grad, py::handle input, py::handle mean,
+            py::handle rstd, int threads) const {
+    dlpack::Tensor d, x, m, r;
+    cpu::NormArgs args{};
+    if (!operand(output_grad, &d) || !operand(input, &x) || !operand(mean, &m) || !operand(rstd, &r) || d.ndim < 2 ||
+        !same_shape(d, x) || !same_shape(m, r) || m.ndim != d.ndim || !same_sizes(d, m, d.ndim - 1) ||
+        m.shape[d.ndim - 1] != 1 || !(d.dtype == x.dtype) || !code_of(d.dtype, &args.dtype) ||
+        !is_float(m.dtype, args.dtype == Dtype::f64 ? 64 : 32) || !(m.dtype == r.dtype))
+      return false;
+    const int last = d.ndim - 1;
+    std::int64_t sizes[4], strides[4];
+    if (!canonical(x, last, sizes, strides) || (sizes[2] > 1 && strides[2] != 1)) return false;
+    std::copy(strides, strides + 2, args.input_strides);
+    if (!canonical(d, last, sizes, strides) || (sizes[2] > 1 && strides[2] != 1)) return false;
+    std::copy(strides, strides + 2, args.output_grad_strides);
+    args.samples = sizes[0];
+    args.places = sizes[1];
+    args.channels = sizes[2];
+    if (!canonical(r, last, sizes, strides)) return false;
+    std::copy(strides, strides + 2, args.mean_strides);
+    if (!canonical(m, last, sizes, strides) || !std::equal(strides, strides + 2, args.mean_strides)) return false;
+    if (!sum(total, args.dtype, &args.channels, 1, &args.total) ||
+        (!bias_total.is_none() && !sum(bias_total, args.dtype, &args.channels, 1, &args.bias_total)))
+      return false;
+    args.output_grad = address(d);
+    args.input = address(x);
+    args.mean = address(m);
+    args.rstd = address(r);
+    args.threads = threads;
+    const py::gil_scoped_release release;
+    cpu::kernels().sum_grad_squared_norm(args);
+    return true;
+  }
+
  private:
   bool channel(py::handle total, py::handle output_grad, const py::handle* input, const py::handle* shift,
                int channel_dim, int threads) const {
@@ -134,7 +173,7 @@ class PlainSums {
     if (input) {
       dlpack::Tensor x;
       std::int64_t sizes[4];
-      if (!operand(*input, &x) || x.ndim != d.ndim || !(x.dtype == d.dtype) || !same_sizes(d, x, d.ndim) ||
+      if (!operand(*input, &x) || !same_shape(d, x) || !(d.dtype == x.dtype) ||
           !canonical(x, channels, sizes, args.input_strides))
         return false;
       args.input = address(x);
@@ -201,6 +240,7 @@ void bind_plain_sums(py::module_& m) {
   py::class_<PlainSums>(m, "PlainSums")
       .def(py::init<const py::capsule&, py::type>())
       .def("linear", &PlainSums::linear)
+      .def("norm", &PlainSums::norm)
       .def("bias", &PlainSums::bias)
       .def("scale", &PlainSums::scale);
 }

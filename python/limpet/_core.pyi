@@ -207,6 +207,17 @@ class PlainSums:  # of tensors
     def linear(
         self, total: Tensor, bias_total: Tensor | None, output_grad: Tensor, input: Tensor, threads: int, /
     ) -> bool: ...
+    def norm(
+        self,
+        total: Tensor,
+        bias_total: Tensor | None,
+        output_grad: Tensor,
+        input: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        threads: int,
+        /,
+    ) -> bool: ...
     def bias(self, total: Tensor, output_grad: Tensor, channel_dim: int, threads: int, /) -> bool: ...
     def scale(
         self,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limpet.fisher.contributions import Contribution, Matrix, Table, Vector, add_tied, joined
+from limpet.fisher.contributions import Contribution, Matrix, Normalised, Table, Vector, add_tied, joined
 from limpet.fisher.operands import Operand, Region, disjoint
 from limpet.fisher.recorder import Key
 from limpet.fisher.rules import Call
@@ -66,14 +66,14 @@ class Uses:
 
     def _add_both(self, weight: tuple[Operand, Contribution], bias: tuple[Operand, Contribution]) -> bool:
         """Add a layer's two sums in one go, if it is one that allows it and nothing is to be joined before."""
-        matrix, vector = weight[1], bias[1]
-        if not isinstance(matrix, Matrix) or not isinstance(vector, Vector) or not vector.is_bias_of(matrix):
+        factor, vector = weight[1], bias[1]
+        if not isinstance(factor, (Matrix, Normalised)) or not isinstance(vector, Vector) or not vector.is_bias_of(factor):
             return False
         gradients = self._gradients[weight[0]], self._gradients[bias[0]]
         if any(len(found) != 1 or not found[0].alone for found in gradients):
             return False
         (of_weight,), (of_bias,) = gradients
-        matrix.add_to(of_weight.total(), of_bias.total())
+        factor.add_to(of_weight.total(), of_bias.total())
         return True
 
     def finish(self, last: bool) -> None:
@@ -184,7 +184,7 @@ class _Gradient:
 
 def _fuses(kinds: Sequence[type[Contribution]]) -> bool:
     """Whether uses of these kinds are joined in less memory than an activation takes."""
-    return len(kinds) == 1 or set(kinds) <= {Matrix, Table} or set(kinds) == {Vector}
+    return len(kinds) == 1 or set(kinds) <= {Matrix, Table} or set(kinds) <= {Vector, Normalised}
 
 
 def _overlapping(operands: Mapping[Operand, object]) -> list[list[Operand]]:

@@ -467,6 +467,61 @@ def sum_grad_squared_scale(
     return total
 
 
+def sum_grad_squared_norm(
+    output_grad: Tensor,  # [N, *, C]
+    input: Tensor,  # [N, *, C]
+    mean: Tensor,  # [N, *, 1]
+    rstd: Tensor,  # [N, *, 1]
+    *,
+    into: Tensor | None = None,  # [C]
+    bias_into: Tensor | None = None,  # [C]
+) -> Tensor:  # [C]
+    """Sum over samples of the squared gradient of a layer normalisation's factor, ``y = (x - mean) * rstd * w + b``.
+
+    :func:`sum_grad_squared_scale` of the normalised activation, which is not formed for plain tensors on the CPU.
+
+    Args:
+        output_grad: ``[N, *, C]``, any strides.
+        input: what was normalised: the same shape, dtype and device.
+        mean: ``[N, *, 1]``, the result's dtype.
+        rstd: 1 / standard deviation, the same.
+        into: ``[C]``; the sum is added to it.
+        bias_into: ``[C]``, the result's dtype; :func:`sum_grad_squared_bias` is added to it, at less than its price.
+
+    Returns:
+        ``[C]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ.
+        ValueError: shapes or devices differ.
+
+    >>> mean, rstd = torch.tensor([[1.0]]), torch.tensor([[2.0]])
+    >>> sum_grad_squared_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]), mean, rstd)
+    tensor([16.,  4.])
+    """
+    if into is not None and _added("norm", (into, bias_into), output_grad, input, mean, rstd):
+        return into
+    d, x = _pair(output_grad, input)
+    if d.dim() < 2 or d.shape != x.shape:
+        raise ValueError(
+            f"output_grad [N, *, C] and input must have the same shape, got {list(d.shape)} and {list(x.shape)}"
+        )
+    dtype = reference.wide(d.dtype)
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        if _checks.float_tensor(name, value).dtype != dtype or value.shape != (*d.shape[:-1], 1):
+            raise ValueError(
+                f"{name} must be a {dtype} tensor of shape {[*d.shape[:-1], 1]}, got {_checks.describe(value)}"
+            )
+        _checks.same_device(name, value, "output_grad", d)
+    total = _total(into, d.shape[-1:], d)
+    bias_total = None if bias_into is None else _total(bias_into, d.shape[-1:], d)
+    normalised = (x.to(dtype) - mean).mul_(rstd)
+    _scale(total, _channels_last_or_first("output_grad", d.to(dtype), -1), _channels_last_or_first("", normalised, -1))
+    if bias_total is not None:
+        _bias(bias_total, _channels_last_or_first("output_grad", d, -1))
+    return total
+
+
 def sum_grad_squared_embedding(
     output_grad: Tensor,  # [N, *, E]
     indices: Tensor,  # [N, *], int64
