@@ -23,7 +23,8 @@ LIMPET_FORMULA void add_places(const NormArgs& args, std::int64_t n, std::int64_
                                std::int64_t c0, std::int64_t count, Sums<Compute<Stored>>& sums) {
   using S = Compute<Stored>;
   using V = Vector<S>;
-  const std::int64_t *const ds = args.output_grad_strides, *const xs = args.input_strides, *const ms = args.mean_strides;
+  const std::int64_t *const ds = args.output_grad_strides, *const xs = args.input_strides,
+                            *const ms = args.mean_strides;
   const Stored* const d = static_cast<const Stored*>(args.output_grad) + n * ds[0] + t * ds[1] + c0;
   const Stored* const x = static_cast<const Stored*>(args.input) + n * xs[0] + t * xs[1] + c0;
   const S* const mean = static_cast<const S*>(args.mean) + n * ms[0] + t * ms[1];

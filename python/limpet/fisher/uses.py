@@ -67,7 +67,11 @@ class Uses:
     def _add_both(self, weight: tuple[Operand, Contribution], bias: tuple[Operand, Contribution]) -> bool:
         """Add a layer's two sums in one go, if it is one that allows it and nothing is to be joined before."""
         factor, vector = weight[1], bias[1]
-        if not isinstance(factor, (Matrix, Normalised)) or not isinstance(vector, Vector) or not vector.is_bias_of(factor):
+        if (
+            not isinstance(factor, (Matrix, Normalised))
+            or not isinstance(vector, Vector)
+            or not vector.is_bias_of(factor)
+        ):
             return False
         gradients = self._gradients[weight[0]], self._gradients[bias[0]]
         if any(len(found) != 1 or not found[0].alone for found in gradients):

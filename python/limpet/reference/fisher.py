@@ -86,7 +86,7 @@ def sum_grad_squared_norm(
     """``sum_n (sum_t d[n,t,:] (x[n,t,:] - mean[n,t]) rstd[n,t])^2`` for the factor of a layer normalisation."""
     dtype = wide(output_grad.dtype)
     grads = output_grad.to(dtype) * ((input.to(dtype) - mean) * rstd)
-    return grads.reshape(grads.shape[0], -1, grads.shape[-1]).sum(dim=1).square().sum(dim=0)
+    return (grads.flatten(1, -2).sum(dim=1) if grads.dim() > 2 else grads).square().sum(dim=0)
 
 
 def sum_grad_squared_embedding(

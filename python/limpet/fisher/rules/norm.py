@@ -17,7 +17,8 @@ from limpet.reference import wide
 class _Norm(Call):
     """``y = xhat * w + b``; subclasses say what ``xhat`` is."""
 
-    weight_kind, bias_kind = Vector, Vector
+    weight_kind: type[Contribution] = Vector
+    bias_kind = Vector
     autocast = False
 
     def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
