@@ -1,9 +1,7 @@
 // Rows of a buffer on the CPU, whose batches are read and made as torch's tensors by DLPack's C functions: a call
 // through Python for every address, dtype and shape takes longer than copying a small batch does.
 
-#include "bind_rows.h"
-
-#include <pybind11/stl.h>
+#include "bind.h"
 
 #include <algorithm>
 #include <cmath>
@@ -12,8 +10,6 @@
 
 #include "cpu/isa.h"
 #include "dlpack.h"
-
-namespace py = pybind11;
 
 namespace limpet {
 namespace {
