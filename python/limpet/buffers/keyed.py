@@ -104,7 +104,7 @@ class KeyedBuffer(OrderedBuffer):
         """Insert items, whose groups and weights have been checked."""
         if self._structure is None:
             self._begin(batch)
-            fields = self._checked(batch)
+            fields = self._fields_of(batch)
         index, count = self._present_index(), fields[0].shape[0]
         if index is None:
             fields = self._moved(fields)
@@ -144,7 +144,13 @@ class KeyedBuffer(OrderedBuffer):
 
     def _fields_of(self, batch: Any) -> list[Tensor]:
         """A batch's fields, before anything of it is taken in."""
-        return self._checked(batch) if self._structure is not None else self._first(batch)[1]
+        structure = self._structure
+        if structure is None:
+            return self._first(batch)[1]
+        fields = structure.fields(batch)
+        if (plain := self._core_rows()) is not None and plain.count(batch if structure.direct else fields) >= 0:
+            return fields
+        return [field.resolve_conj().resolve_neg() for field in self._checked(batch)]  # what is read is memory
 
 
 class ClassBalancedReservoir(KeyedBuffer):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from limpet import _checks, _core, _launch, reference
 from limpet.ops._library import LIBRARY, define
-from limpet.ops.reservoir import _contiguous, _plain, _rows, int64, row_lists, seed_of
+from limpet.ops.reservoir import _plain, _rows, int64, row_lists, seed_of
 
 # --- schema, reference backend (which serves GPUs: its sorts are a library's work), fake ------------------------------
 
@@ -70,8 +70,8 @@ def index_insert_(
     seed: int,
 ) -> None:
     """:func:`keyed_insert_` for the rows that an index knows."""
-    rows = [_contiguous(t) for t in batch]
-    group, weight = (None if t is None else _contiguous(t) for t in (group, weight))
+    rows = [t if t.is_contiguous() else t.contiguous() for t in batch]
+    group, weight = (None if t is None else t.contiguous() for t in (group, weight))
     index.insert(
         *_rows(stored, rows),
         [note.data_ptr() for note in notes],
@@ -93,7 +93,7 @@ def index_choose(
     seed: int,
 ) -> Tensor:  # int64 [4, chosen]
     """Places, slots, keys and groups of the items that get a slot, in their order; no note or row has changed then."""
-    group, weight = (None if t is None else _contiguous(t) for t in (group, weight))
+    group, weight = (None if t is None else t.contiguous() for t in (group, weight))
     group_address, weight_address = (0 if t is None else t.data_ptr() for t in (group, weight))
     chosen = index.choose(group_address, weight_address, seen, count, seed, _launch.threads())
     return torch.tensor(chosen, dtype=torch.int64, device="cpu").view(4, -1)
@@ -182,6 +182,7 @@ def of_count(name: str, value: Tensor, count: int) -> Tensor:
 def weights(name: str, value: Any, count: int, device: torch.device) -> Tensor:  # [count] -> float64 [count]
     """Require a weight for each item, finite and at least 0."""
     value = of_count(name, _checks.float_tensor(name, value), count).detach().to(device, torch.float64)
+    value = value.resolve_neg()  # what is read is memory
     if not count:
         return value
     low, high = value.aminmax()

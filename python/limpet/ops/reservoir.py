@@ -52,10 +52,8 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
     return [t.data_ptr() for t in tensors]
 
 
-def _contiguous(tensor: Tensor) -> Tensor:
-    """One in whose memory the values lie, one after the other: not so in views that conjugate or negate."""
-    as_it_is = tensor.is_contiguous() and not tensor.is_neg() and not tensor.is_conj()
-    return tensor if as_it_is else tensor.clone(memory_format=torch.contiguous_format)
+def _contiguous(batch: Sequence[Tensor]) -> list[Tensor]:
+    return [t if t.is_contiguous() else t.contiguous() for t in batch]
 
 
 def _where(tensor: Tensor) -> tuple[int, int]:
@@ -72,7 +70,7 @@ def _slots_cuda(slots: Tensor, seen: int, capacity: int, seed: int) -> None:
 
 
 def _insert_cpu(stored: Sequence[Tensor], items: Tensor, seen: Tensor, batch: Sequence[Tensor], seed: int) -> None:
-    rows = [_contiguous(t) for t in batch]
+    rows = _contiguous(batch)
     reservoir = items.data_ptr(), seen.data_ptr(), items.shape[0], rows[0].shape[0], seed
     _core.reservoir_insert(*_rows(stored, rows), *reservoir, _launch.threads())
 
