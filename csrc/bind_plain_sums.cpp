@@ -2,7 +2,7 @@
 // Between two large products, which leave nothing of Python in the core's cache, the dispatcher and a check per
 // argument took 50 to 70 microseconds for every layer.
 
-#include "bind_plain_sums.h"
+#include "bind.h"
 
 #include <algorithm>
 #include <memory>
@@ -10,8 +10,6 @@
 
 #include "cpu/isa.h"
 #include "dlpack.h"
-
-namespace py = pybind11;
 
 namespace limpet {
 namespace {
@@ -25,10 +23,6 @@ using Workspace = std::unique_ptr<void, Free>;
 
 Workspace workspace(std::int64_t bytes) {
   return Workspace(::operator new(static_cast<std::size_t>(std::max(bytes, kLine)), std::align_val_t{kLine}));
-}
-
-void* address(const dlpack::Tensor& tensor) {
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
 }
 
 bool is_float(const dlpack::DataType& dtype, std::uint8_t bits) {
