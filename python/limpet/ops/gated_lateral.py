@@ -83,7 +83,7 @@ class _PlainGatedLateral(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() or _transformed(grad) or not _plain(grad):
+        if torch.is_grad_enabled() or not _plain(grad) or torch._C._functorch.is_legacy_batchedtensor(grad):
             return *_gradients(ctx, grad), None
         x, h, weight, bias, product = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:4]
@@ -95,7 +95,7 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether the core may be called past the dispatcher, which costs as much as a small pass."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # whose tensors look plain
+    if torch.compiler.is_dynamo_compiling() or torch._C._are_functorch_transforms_active():  # whose tensors look plain
         return False
     return all(type(t) in _PLAIN and t.is_cpu for t in tensors)
 
