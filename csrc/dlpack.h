@@ -7,8 +7,8 @@
 namespace limpet::dlpack {
 
 constexpr std::uint32_t kMajorVersion = 1;
-constexpr std::int32_t kCpu = 1;                               // a device's type
-constexpr std::uint8_t kFloat = 2, kBfloat = 4, kComplex = 5;  // codes of dtypes; those of narrow floats are larger
+constexpr std::int32_t kCpu = 1;    // a device's type
+constexpr std::uint8_t kFloat = 2;  // a dtype's code: IEEE floats of 16 bits and more
 
 struct Version {
   std::uint32_t major, minor;

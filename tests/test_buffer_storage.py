@@ -84,10 +84,9 @@ def test_a_crash_at_any_line_leaves_the_batch_whole_or_not_at_all(tmp_path, kind
         seen.append(opened.seen)
         expected = before if opened.seen == first else after
         assert contents(opened) == contents(expected)
-        if len(seen) % 8 == 0:  # and goes on from there
-            going_on = copy.deepcopy(expected)
-            add(opened, 17), add(going_on, 17)
-            assert contents(opened) == contents(going_on)
+        going_on = copy.deepcopy(expected)
+        add(opened, 17), add(going_on, 17)
+        assert contents(opened) == contents(going_on)
     assert seen == sorted(seen)
     assert {*seen} == {first, first + 40}
     assert redone > 3
@@ -119,6 +118,18 @@ def test_a_crash_at_any_line_leaves_the_old_buffer_or_the_new_one(tmp_path, kind
     assert all(one in (old, new) for one in found)
     assert found[0] == old != new
     assert found[-1] == new
+
+
+@pytest.mark.parametrize("kind", [ReservoirBuffer, *KINDS])
+def test_resized_before_the_first_batch(tmp_path, kind):
+    buffer, expected = kind(20, seed=3, storage="mmap", path=tmp_path), filled(kind, [40], capacity=33)
+    buffer.resize(33)
+    buffer.close()
+    opened = kind.open(tmp_path)
+    assert (opened.capacity, opened.seen, opened.seed) == (33, 0, 3)
+    add(opened, 40)
+    opened.close()
+    assert contents(kind.open(tmp_path)) == contents(expected)
 
 
 @EACH_KIND

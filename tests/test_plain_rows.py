@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from limpet import ClassBalancedReservoir, Replay, ReservoirBuffer, RingBuffer, _core
+from limpet import ClassBalancedReservoir, Replay, ReservoirBuffer, RingBuffer, WeightedReservoir, _core
 
 STRUCTURES = {
     "tensor": lambda x, y: x,
@@ -29,13 +29,11 @@ def equal(one, other):
     return spec == expected and all(map(torch.equal, ours, others)) and all(t.is_contiguous() for t in ours)
 
 
-def without_the_core(monkeypatch):
-    monkeypatch.setattr("limpet.buffers.stored.plain_rows", lambda container, stored: None)
-
-
-@pytest.mark.parametrize("kind", [ReservoirBuffer, ClassBalancedReservoir, RingBuffer])
+@pytest.mark.parametrize("kind", [ReservoirBuffer, ClassBalancedReservoir, WeightedReservoir, RingBuffer])
 @pytest.mark.parametrize("structure", STRUCTURES)
 def test_the_same_with_and_without_it(kind, structure, monkeypatch):
+    """Without it torch is as before 2.10."""
+
     def results():
         buffer, results = kind(9, seed=3), []
         for count in (0, 4, 30, 1):
@@ -49,10 +47,11 @@ def test_the_same_with_and_without_it(kind, structure, monkeypatch):
 
     plain, ours = results()
     assert isinstance(plain._plain, _core.PlainRows)
-    without_the_core(monkeypatch)
+    monkeypatch.delattr(torch.Tensor, "__dlpack_c_exchange_api__")
     other, expected = results()
     assert other._plain is None
     assert all(map(equal, ours, expected))
+    assert all(map(equal, plain, other))
     assert torch.equal(plain.items, other.items)
 
 
@@ -106,13 +105,36 @@ def test_gradients_reach_what_is_mixed():
     assert torch.equal(x.grad, torch.ones(6, 4))
 
 
-def test_conjugated_rows():
-    x = torch.randn(5, 3, dtype=torch.complex64)
-    buffer = ReservoirBuffer(10)
-    buffer.add(x)
-    buffer.add(x.conj())
-    assert torch.equal(torch.stack(list(buffer)), torch.cat([x, x.conj()]))
-    assert torch.equal(buffer.sample_into(x.conj(), 0.5)[:5], x.conj())
+@pytest.mark.parametrize("kind", [ReservoirBuffer, ClassBalancedReservoir, WeightedReservoir, RingBuffer])
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda z: z.conj(),
+        lambda z: z.conj().imag,
+        lambda z: z[:1, :1].conj().imag,
+        lambda z: z.conj().imag.as_strided((5, 3), (3, 1)),
+    ],
+    ids=["conjugated", "negated", "one number", "without gaps"],
+)
+def test_views_whose_memory_holds_other_signs(kind, dtype, view):
+    rows = view(torch.randn(8, 3, dtype=dtype))
+    assert rows.is_conj() or rows.is_neg()
+    values, label = rows.clone(), {"group": 0} if kind is ClassBalancedReservoir else {}
+    buffer = kind(20)
+    for batch in (values, rows):
+        buffer.add(batch, **label)
+    assert torch.equal(torch.stack(list(buffer)), torch.cat([values, values]))
+    assert torch.equal(buffer.sample_into(rows, 0.5)[: len(rows)], values)
+
+
+def test_weights_that_are_a_negated_view():
+    weight = torch.complex(torch.ones(1, dtype=torch.float64), torch.full((1,), -2.0, dtype=torch.float64)).conj().imag
+    assert weight.is_neg()
+    one, other = WeightedReservoir(2), WeightedReservoir(2)
+    one.add(torch.zeros(1), weight=weight)
+    other.add(torch.zeros(1), weight=2.0)
+    assert torch.equal(one._keys, other._keys)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.bfloat16, torch.float8_e5m2])

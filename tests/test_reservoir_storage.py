@@ -60,13 +60,18 @@ def test_files_hold_what_memory_holds(tmp_path_factory, batches, capacity):
 
 
 def copies_at_each_line(call, path):
-    """Copies of the folder before each line that a call runs: what a process killed there leaves."""
-    copies = []
+    """Copies of the folder before each line that a call runs, one of each state: what a process killed there leaves."""
+    copies, last = [], None
+
+    def at_this_line():
+        return {entry: entry.is_file() and entry.read_bytes() for entry in path.rglob("*")}
 
     def at_each_line(frame, event, argument):
+        nonlocal last
         if "limpet/buffers/" not in frame.f_code.co_filename or "structure.py" in frame.f_code.co_filename:
             return None
-        if event == "line":
+        if event == "line" and (now := at_this_line()) != last:
+            last = now
             copies.append(path.with_name(f"copy {len(copies)}"))
             shutil.copytree(path, copies[-1])
         return at_each_line

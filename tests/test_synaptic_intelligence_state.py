@@ -9,6 +9,7 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from limpet import SynapticIntelligence
+from saved_states import save_with_safetensors, save_with_torch
 from si_training import backward, mlp, tasks
 from tolerances import assert_close
 
@@ -41,31 +42,6 @@ def trained(steps=4, num_tasks=1, optimizer=torch.optim.Adam, **options):
 
 
 # --- state -----------------------------------------------------------------------------------------------------------
-
-
-def save_with_torch(state, path):
-    torch.save(state, path)
-    return torch.load(path, weights_only=True)
-
-
-def save_with_safetensors(state, path):
-    """As docs/regularizers.md says it: tensors by ``kind.name``, and numbers as metadata."""
-    safetensors = pytest.importorskip("safetensors.torch")
-    import json
-
-    from safetensors import safe_open
-
-    kinds = [kind for kind, value in state.items() if isinstance(value, dict)]
-    flat = {f"{kind}.{name}": t.contiguous() for kind in kinds for name, t in state[kind].items()}
-    numbers = {key: value for key, value in state.items() if key not in kinds}
-    safetensors.save_file(flat, path, metadata={"numbers": json.dumps(numbers)})
-    with safe_open(path, "pt") as file:
-        numbers = json.loads(file.metadata()["numbers"])
-        kinds = {kind: {} for kind in kinds}
-        for key in file.keys():  # noqa: SIM118
-            kind, name = key.split(".", 1)
-            kinds[kind][name] = file.get_tensor(key)
-    return {**numbers, **kinds}
 
 
 @pytest.mark.parametrize("save", [save_with_torch, save_with_safetensors])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +23,20 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Buffer(StoredRows):
+class Buffer(StoredRows, ABC):
     """A buffer of items from a stream: batches go in, samples come out.
 
+    A batch is a tensor, or a tuple, list, dict or other pytree of tensors that have as many rows; the first one fixes
+    the structure, the dtypes and the shapes of rows. Rows of any dtype and shape are copied once, and only those of
+    items that are kept; the batch itself is not.
+
     What a kind of buffer adds is which items it keeps: :meth:`add`.
+
+    Attributes:
+        capacity: how many items are kept.
+        seed: of all draws.
+        seen: items seen so far.
+        storage: where the rows lie: ``"device"``, ``"pinned"`` or ``"mmap"``.
     """
 
     @abstractmethod
@@ -189,6 +199,19 @@ class Buffer(StoredRows):
     def _like_first(self, batch: Any) -> list[Tensor]:
         """The fields of a batch on the buffer's device, once they are known to be like the first batch's."""
         return self._moved(self._checked(batch))
+
+    def _rows_to_merge(self, other: Buffer) -> list[Tensor]:  # [len(other), *] each
+        """The rows of a buffer of the same kind, once it is known that they are like this one's, and enough of them."""
+        asked = min(self.capacity, other.seen)
+        if other.capacity < asked:
+            raise ValueError(
+                f"other must hold {asked} items to be merged into {self.capacity} slots, "
+                f"got a capacity of {other.capacity}"
+            )
+        theirs = other._structured([field[: len(other)] for field in other._fields])
+        if self._structure is None:
+            self._begin(theirs)
+        return self._like_first(theirs)
 
     def _moved(self, fields: list[Tensor]) -> list[Tensor]:
         """Fields that were checked, on the buffer's device."""

@@ -27,9 +27,6 @@ class KeyedBuffer(OrderedBuffer):
     _groups: Tensor  # int64 [capacity]
     _index: _core.KeyedIndex | None  # follows from the notes; made when it is needed
 
-    def __len__(self) -> int:
-        return min(self._count, self.capacity)
-
     @property
     def items(self) -> Tensor:  # int64 [len]
         """The numbers of the items held, oldest first, counted from 0 in the order in which they came."""
@@ -49,10 +46,8 @@ class KeyedBuffer(OrderedBuffer):
                 f"capacity must be at most {self.capacity}: {self.seen - self.capacity} items have been passed over, "
                 f"some of which a larger buffer would have kept, got {capacity}"
             )
-        if self._structure is not None:
-            held = [note[: len(self)] for note in self._notes()]
-            self._keep(reference.keyed_order(*held)[:capacity], capacity)
-        self.capacity = capacity
+        held = [note[: len(self)] for note in self._notes()]
+        self._keep(reference.keyed_order(*held)[:capacity], capacity)
 
     def merge(self, other: Self) -> None:
         """Become what one buffer would hold of both streams together, as if ``other``'s items had come later.
@@ -75,15 +70,7 @@ class KeyedBuffer(OrderedBuffer):
             raise ValueError(
                 f"other must have another seed than this buffer and those merged into it, got {other.seed}"
             )
-        if other.capacity < min(self.capacity, other.seen):
-            raise ValueError(
-                f"other must hold {min(self.capacity, other.seen)} items to be merged into {self.capacity} slots, "
-                f"got a capacity of {other.capacity}"
-            )
-        theirs = other._structured([field[: len(other)] for field in other._fields])
-        if self._structure is None:
-            self._begin(theirs)
-        rows, first, held = self._like_first(theirs), self.seen, len(self)
+        rows, first, held = self._rows_to_merge(other), self.seen, len(self)
         items, keys, groups = (note[: len(other)].to(self._seen.device) for note in other._notes())
         together = (
             torch.cat([mine[:held], more])
@@ -99,14 +86,8 @@ class KeyedBuffer(OrderedBuffer):
     def merge_ranks(self, group: distributed.ProcessGroup | None = None) -> None:
         """Become, on every process of a group, what one buffer would hold of the streams of all of them together.
 
-        All call it, with buffers of one capacity and of different seeds, as if their streams had come one after the
-        other in the order of the ranks. Nothing is drawn: the items with the smallest keys are held, and no other rows
-        are sent. Seeds stay as they are.
-
-        Do it once, at the end: buffers merged twice would count their items twice.
-
-        Args:
-            group: the processes; all of them for ``None``. Its backend must take the buffers' device.
+        It is called as :meth:`limpet.ReservoirBuffer.merge_ranks` is, but nothing is drawn: the items with the smallest
+        keys are held, and no other rows are sent.
 
         Raises:
             RuntimeError: ``torch.distributed`` is not initialised.
@@ -123,7 +104,7 @@ class KeyedBuffer(OrderedBuffer):
         """Insert items, whose groups and weights have been checked."""
         if self._structure is None:
             self._begin(batch)
-            fields = self._checked(batch)
+            fields = self._fields_of(batch)
         index, count = self._present_index(), fields[0].shape[0]
         if index is None:
             fields = self._moved(fields)
@@ -163,7 +144,13 @@ class KeyedBuffer(OrderedBuffer):
 
     def _fields_of(self, batch: Any) -> list[Tensor]:
         """A batch's fields, before anything of it is taken in."""
-        return self._checked(batch) if self._structure is not None else self._first(batch)[1]
+        structure = self._structure
+        if structure is None:
+            return self._first(batch)[1]
+        fields = structure.fields(batch)
+        if (plain := self._core_rows()) is not None and plain.count(batch if structure.direct else fields) >= 0:
+            return fields
+        return [field.resolve_conj().resolve_neg() for field in self._checked(batch)]  # what is read is memory
 
 
 class ClassBalancedReservoir(KeyedBuffer):
@@ -178,26 +165,6 @@ class ClassBalancedReservoir(KeyedBuffer):
     where it was resumed.
 
     With the task as its group it divides the buffer equally among tasks: ``buffer.add(batch, group=task)``.
-
-    Args:
-        capacity: how many items are kept, at least 1.
-        seed: of all draws, in [0, 2^63).
-        device: where the items lie; where the first batch does for ``None``.
-        storage: ``"device"``, ``"pinned"`` or ``"mmap"``, as for :class:`limpet.ReservoirBuffer`.
-        path: for ``"mmap"`` a folder for the files, new or empty.
-
-    Attributes:
-        capacity: as given.
-        seed: as given.
-        seen: items seen so far.
-        storage: as given.
-
-    Raises:
-        TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
-            it.
-        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
-        OSError: the folder cannot be written.
 
     >>> buffer = ClassBalancedReservoir(90, seed=0)
     >>> buffer.add((torch.randn(1000, 8), torch.zeros(1000, dtype=torch.int64)))
@@ -245,26 +212,6 @@ class WeightedReservoir(KeyedBuffer):
     draws the key :math:`-\log(u) / w`, and the smallest keys are held. Equal weights give a uniform sample. Keys depend
     on the seed, the item's number and its weight alone, and so what is held does not depend on how the stream is cut
     into batches, on the device, or on where it was resumed.
-
-    Args:
-        capacity: how many items are kept, at least 1.
-        seed: of all draws, in [0, 2^63).
-        device: where the items lie; where the first batch does for ``None``.
-        storage: ``"device"``, ``"pinned"`` or ``"mmap"``, as for :class:`limpet.ReservoirBuffer`.
-        path: for ``"mmap"`` a folder for the files, new or empty.
-
-    Attributes:
-        capacity: as given.
-        seed: as given.
-        seen: items seen so far.
-        storage: as given.
-
-    Raises:
-        TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
-            it.
-        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
-        OSError: the folder cannot be written.
 
     >>> buffer = WeightedReservoir(100, seed=0)
     >>> loss = torch.linspace(0, 1, 1000)

@@ -22,32 +22,6 @@ class ReservoirBuffer(Buffer):
     depends on the seed and the item's number alone: the same stream leaves the same buffer however it is cut into
     batches, on every device, with any number of threads, and when it is resumed from a saved state.
 
-    A batch is a tensor, or a tuple, list, dict or other pytree of tensors that have as many rows; the first one fixes
-    the structure, the dtypes and the shapes of rows. Rows of any dtype and shape are copied once, and only those of
-    accepted items; the batch itself is not kept.
-
-    Args:
-        capacity: how many items are kept, at least 1.
-        seed: of all draws, in [0, 2^63).
-        device: where the items lie; where the first batch does for ``None``.
-        storage: ``"device"``; ``"pinned"``, page-locked memory of the CPU, from which samples (page-locked too) are
-            copied to a CUDA device while it computes; ``"mmap"``, files, for buffers larger than memory. A process
-            that is killed at any time leaves files with which :meth:`open` goes on.
-        path: for ``"mmap"`` a folder for the files, new or empty.
-
-    Attributes:
-        capacity: as given.
-        seed: as given.
-        seen: items seen so far.
-        storage: as given.
-
-    Raises:
-        TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
-            it.
-        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
-        OSError: the folder cannot be written.
-
     >>> buffer = ReservoirBuffer(100, seed=0)
     >>> for _ in range(10):
     ...     buffer.add((torch.randn(64, 8), torch.randint(10, (64,))))
@@ -59,9 +33,6 @@ class ReservoirBuffer(Buffer):
     """
 
     _KIND = "reservoir"
-
-    def __len__(self) -> int:
-        return min(self._count, self.capacity)
 
     def add(self, batch: Any) -> None:  # tensors [count, *]
         """Let the buffer see the next items of the stream.
@@ -114,13 +85,9 @@ class ReservoirBuffer(Buffer):
                 f"capacity must be at most {self.capacity}: {self.seen - self.capacity} items have been passed over, "
                 f"and a larger sample would hold too few of them, got {capacity}"
             )
-        if self._structure is not None:
-            held = len(self)
-            if capacity < held:
-                self._keep(self._drawn(capacity), capacity)
-            else:
-                self._keep(torch.arange(held, device=self._items.device), capacity)
-        self.capacity = capacity
+        held = len(self)
+        kept = self._drawn(capacity) if capacity < held else torch.arange(held, device=self._items.device)
+        self._keep(kept, capacity)
 
     def merge(self, other: ReservoirBuffer) -> None:
         """Become a uniform sample of both streams together, as if ``other``'s items had come after this one's.
@@ -140,19 +107,11 @@ class ReservoirBuffer(Buffer):
             raise ValueError("other must be another buffer: this one's items would count twice")
         if other.seen == 0:
             return
-        if other.capacity < min(self.capacity, other.seen):
-            raise ValueError(
-                f"other must hold {min(self.capacity, other.seen)} items to be merged into {self.capacity} slots, "
-                f"got a capacity of {other.capacity}"
-            )
         if self.seed == other.seed and self.seen > self.capacity and other.seen > other.capacity:
             raise ValueError(
                 f"other must have another seed than {self.seed}: with the same draws both passed over the same items"
             )
-        theirs = other._structured([field[: len(other)] for field in other._fields])
-        if self._structure is None:
-            self._begin(theirs)
-        fields, device = self._like_first(theirs), self._items.device
+        fields, device = self._rows_to_merge(other), self._items.device
         mine, others = ranks.shares([self.seen, other.seen], self.capacity, self.seed, self._next_draw())
         parts = [
             ([*self._notes(), *self._fields], self._choice(len(self), mine, device)),

@@ -17,28 +17,8 @@ class RingBuffer(OrderedBuffer):
     For streams whose past is to be forgotten, and for transitions (state, action, reward, next state, done). Nothing
     is random but the samples, which are uniform among the items held.
 
-    A batch is a tensor, or a tuple, list, dict or other pytree of tensors that have as many rows; the first one fixes
-    the structure, the dtypes and the shapes of rows.
-
-    Args:
-        capacity: how many items are kept, at least 1.
-        seed: of the samples, in [0, 2^63).
-        device: where the items lie; where the first batch does for ``None``.
-        storage: ``"device"``, ``"pinned"`` or ``"mmap"``, as for :class:`limpet.ReservoirBuffer`.
-        path: for ``"mmap"`` a folder for the files, new or empty.
-
-    Attributes:
-        capacity: as given.
-        seed: as given.
-        seen: items seen so far.
-        storage: as given.
-
-    Raises:
-        TypeError: ``capacity`` or ``seed`` is no integer.
-        ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go with
-            it.
-        RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
-        OSError: the folder cannot be written.
+    Rings of several streams are not merged, over ranks or otherwise: an item's number says how late it came in its own
+    stream, and nothing says which of two streams' items are the later ones.
 
     >>> buffer = RingBuffer(3)
     >>> for step in range(5):
@@ -97,9 +77,7 @@ class RingBuffer(OrderedBuffer):
             ValueError: it is below 1. Nothing has changed then.
         """
         capacity = _checks.integer("capacity", capacity, minimum=1)
-        if self._structure is not None:
-            self._keep(self._order()[-capacity:], capacity)
-        self.capacity = capacity
+        self._keep(self._order()[-capacity:], capacity)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that :meth:`load_state_dict` needs: numbers, text, and tensors of what is held (copies)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import torch
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 _CPU = torch.device("cpu")
 
 
-class StoredRows(ABC):
+class StoredRows:
     """Rows of all fields of a batch, as many as there are slots, and beside them what the buffer notes of each slot."""
 
     _KIND: ClassVar[str]  # its name in files
@@ -51,6 +50,24 @@ class StoredRows(ABC):
         storage: str = "device",
         path: str | os.PathLike[str] | None = None,
     ) -> None:
+        """Make an empty buffer.
+
+        Args:
+            capacity: how many items are kept, at least 1.
+            seed: of all draws, in [0, 2^63).
+            device: where the items lie; where the first batch does for ``None``.
+            storage: ``"device"``; ``"pinned"``, page-locked memory of the CPU, from which samples (page-locked too) are
+                copied to a CUDA device while it computes; ``"mmap"``, files, for buffers larger than memory. A process
+                that is killed at any time leaves files with which :meth:`open` goes on.
+            path: for ``"mmap"`` a folder for the files, new or empty.
+
+        Raises:
+            TypeError: ``capacity`` or ``seed`` is no integer.
+            ValueError: one of them is out of range, there is no such storage, or ``path`` or ``device`` does not go
+                with it.
+            RuntimeError: ``storage`` is ``"pinned"`` without a CUDA device, or another buffer has the folder open.
+            OSError: the folder cannot be written.
+        """
         self.capacity = _checks.integer("capacity", capacity, minimum=1)
         self.seed = seed_of(seed)
         self.storage = _checks.one_of("storage", storage, ("device", "pinned", "mmap"))
@@ -83,9 +100,9 @@ class StoredRows(ABC):
         """The number of the item in each slot, counted from 0 in the order in which they came."""
         return self._items[: len(self)]
 
-    @abstractmethod
     def __len__(self) -> int:
         """Items held."""
+        return min(self._count, self.capacity)
 
     def to(self, device: torch.device | str) -> Self:
         """Move the buffer; gives itself.
@@ -262,6 +279,11 @@ class StoredRows(ABC):
 
     def _keep(self, index: Tensor, capacity: int) -> None:
         """Change the capacity, with the rows of ``index`` in front."""
+        if self._structure is None:  # no rows yet: what is new is the number alone, in the folder too
+            self.capacity = capacity
+            self._forget()
+            self._settle()
+            return
         self._replace(capacity, self.seen, [([*self._notes(), *self._fields], index)])
 
     def _replace(self, capacity: int, seen: int, parts: list[tuple[list[Tensor], Tensor]]) -> None:

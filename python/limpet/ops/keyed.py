@@ -182,6 +182,7 @@ def of_count(name: str, value: Tensor, count: int) -> Tensor:
 def weights(name: str, value: Any, count: int, device: torch.device) -> Tensor:  # [count] -> float64 [count]
     """Require a weight for each item, finite and at least 0."""
     value = of_count(name, _checks.float_tensor(name, value), count).detach().to(device, torch.float64)
+    value = value.resolve_neg()  # what is read is memory
     if not count:
         return value
     low, high = value.aminmax()

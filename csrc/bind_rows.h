@@ -1,9 +1,0 @@
-#pragma once
-
-#include <pybind11/pybind11.h>
-
-namespace limpet {
-
-void bind_rows(pybind11::module_& m);
-
-}  // namespace limpet
