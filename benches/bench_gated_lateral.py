@@ -36,7 +36,7 @@ def both_ways(function, tensors, grad, wanted):
 def peers(functions, tensors, grad, wanted, in_earnest):
     calls = {name: both_ways(f, tensors, grad, wanted) for name, f in functions.items()}
     if in_earnest:
-        calls["torch.compile"] = both_ways(torch.compile(functions["eager"]), tensors, grad, wanted)
+        calls["torch.compile"] = both_ways(torch.compile(functions["eager"], dynamic=False), tensors, grad, wanted)
     return calls
 
 

@@ -68,8 +68,10 @@ def test_replay_options_reach_the_methods():
     assert [(buffer.capacity, buffer.seed) for buffer in buffers] == [(70, 2**63 - 1)] * 3
 
 
-def test_run_with_a_progressive_network_forgets_nothing(tmp_path):
-    assert cli.main([*QUICK, "--methods", "progressive", "--iterations", "3", "--report", str(tmp_path)]) == 0
+def test_run_with_a_progressive_network_forgets_nothing(tmp_path, capsys):
+    arguments = ["--methods", "progressive", "--iterations", "3", "--cache", "--report", str(tmp_path)]
+    assert cli.main([*QUICK, *arguments]) == 0
+    assert "earlier columns' features for 2000 images of task 8/9: 25600000 bytes\n" in capsys.readouterr().out
     result = json.loads((tmp_path / "results.json").read_text())["methods"]["progressive"]
     assert result["bwt"] == result["forgetting"] == 0.0
     assert result["fwt"] is None

@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 from columns import grown, mlp, normalised
@@ -81,6 +82,35 @@ def test_no_room(monkeypatch):
     net, x = grown(lambda: mlp(width=6)), torch.randn(30, 5)
     with pytest.raises(ValueError, match="cached features must fit cpu: 2880 bytes are asked for, 2879 are free"):
         net.cache_features(x, "c")
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lateral", ["adapter", "gated", "sum"])
+def test_compiled_one_graph_serves_every_batch(lateral, backend):
+    torch._dynamo.reset()
+    net, x = grown(lambda: mlp().double(), lateral=lateral), torch.randn(40, 5, dtype=torch.float64)
+    graphs = CompileCounterWithBackend(backend)
+    compiled = torch.compile(net, backend=graphs, fullgraph=True)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    for cache in (net.cache_features(x, "c"), net.cache_features(x, "c", batch_size=7)):
+        for index in torch.randperm(40).split(8):
+            answers = compiled(x[index], "c", features=cache[index]), net(x[index], "c")
+            gradients = [torch.autograd.grad(a.square().sum(), parameters) for a in answers]
+            torch.testing.assert_close(*answers)
+            torch.testing.assert_close(*gradients)
+    assert graphs.frame_count == 1
+
+
+def test_in_a_compiled_step_features_of_changed_columns_are_refused():
+    torch._dynamo.reset()
+    net, x = grown(tasks="ab"), torch.randn(6, 5)
+    cache = net.cache_features(x, "b")
+    step = torch.compile(lambda index: net(x[index], "b", features=cache[index]), backend="aot_eager")
+    index = torch.tensor([4, 0, 1])
+    torch.testing.assert_close(step(index), net(x[index], "b"))
+    change(net)
+    with pytest.raises(RuntimeError, match="call cache_features again"):
+        step(index)
 
 
 def change(net):

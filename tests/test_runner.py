@@ -13,6 +13,7 @@ import torch
 
 import limpet
 from limpet import cli
+from limpet.buffers import memory
 from limpet.scenarios import datasets, report, runner, streams
 from limpet.scenarios.models import MultiHeadMLP, ProgressiveMLP
 
@@ -43,7 +44,7 @@ class Recorder:
         self.calls = []
 
     def __getattr__(self, name):
-        if name in ("penalty", "network"):
+        if name in ("penalty", "network", "features"):
             raise AttributeError(name)
 
         def moment(*args):
@@ -106,6 +107,40 @@ def test_a_progressive_network_takes_the_place_of_the_model_and_forgets_nothing(
     assert result.task_parameters == [sum(grown[: k + 1]) for k in range(5)]
     assert result.num_parameters == sum(grown)
     assert sum(result.task_seconds) == pytest.approx(result.training_seconds)
+
+
+def progressive(stream, cache):
+    nets, said = [], []
+
+    def make(model):
+        nets.append(ProgressiveMLP.beside(model, cache=cache, say=said.append))
+        return nets[-1]
+
+    (result,) = runner.run(stream, {"progressive": make}, runner.Training(epochs=2, evaluations_per_task=1))
+    return result, nets[0], said
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_with_cached_features_a_progressive_network_learns_the_same(small):
+    stream = streams.split(small, batch_size=100)
+    (plain, net, silent), (cached, other, said) = (progressive(stream, cache) for cache in (False, True))
+    for task, line in zip(stream.tasks[1:], said, strict=True):
+        images = len(task.targets)
+        nbytes = images * task.index * 2 * 400 * 4
+        assert line == f"earlier columns' features for {images} images of task {task.name}: {nbytes} bytes"
+    assert silent == []
+    torch.testing.assert_close(cached.matrix.values, plain.matrix.values, equal_nan=True)
+    torch.testing.assert_close(dict(other.named_parameters()), dict(net.named_parameters()), rtol=0, atol=1e-6)
+    assert other.features(torch.arange(3)) is None  # the last task has ended
+
+
+def test_features_that_do_not_fit_are_not_cached(small, monkeypatch):
+    stream = streams.split(small, num_tasks=2, batch_size=500)
+    monkeypatch.setattr(memory, "_free", lambda device: 99)
+    result, _, (line,) = progressive(stream, cache=True)
+    assert line.endswith("bytes are asked for, 99 are free")
+    assert "; not cached: cached features must fit cpu: " in line
+    assert result.matrix.num_learned == 2
 
 
 def test_the_optimizer_keeps_the_state_of_what_stays(small):

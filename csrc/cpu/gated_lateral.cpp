@@ -146,11 +146,13 @@ struct Lines {
                                                 : 1) {}
   std::int64_t runs() const { return (count + each - 1) / each; }
 
-  // Calls body(run, first line, last line), the last one not included.
+  // Calls body(run, first line, last line), the last one not included. The first thread takes the first lines, as it
+  // does in the products around a pass: they are in its core's cache then, 4 % of a lateral of 256 x 256.
   template <class Body>
   void for_each_run(int threads, const Body& body) const {
-    parallel_for(runs() > 1 ? threads : 1, runs(), [&](std::int64_t run, int) {
-      body(run, run * each, (run + 1) * each < count ? (run + 1) * each : count);
+    parallel_shares(runs() > 1 ? threads : 1, [&](std::int64_t share, std::int64_t shares) {
+      for (std::int64_t run = share * runs() / shares; run < (share + 1) * runs() / shares; ++run)
+        body(run, run * each, (run + 1) * each < count ? (run + 1) * each : count);
     });
   }
 };

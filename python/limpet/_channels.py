@@ -24,11 +24,13 @@ def aligned(
 
 def matrix(value: Tensor, channel_dim: int, last: bool) -> Tensor:  # -> [rows, H], or [N, H, places]
     """A view of what :func:`aligned` gave: of rows where the channels come last, else of samples."""
+    if value.dim() == 2:
+        return value
     if not last:
         return value.flatten(2)
-    if channel_dim == 1 and value.dim() > 2:
+    if channel_dim == 1:
         value = value.movedim(1, -1)
-    return value if value.dim() == 2 else value.view(value.shape[:-1].numel(), value.shape[-1])
+    return value.view(value.shape[:-1].numel(), value.shape[-1])
 
 
 # Products are written where they are told to: autocast leaves those alone.

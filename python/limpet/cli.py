@@ -81,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--replay-fraction", type=float, default=0.5, help="the replayed images' share of a batch")
     run.add_argument("--alpha", type=float, default=0.5, help="of the distance to old logits in der and der++")
     run.add_argument("--beta", type=float, default=0.5, help="of the old labels' cross-entropy in der++")
+    run.add_argument("--cache", action="store_true", help="progressive: run earlier columns once on each task's images")
     run.add_argument("--epochs", type=int, default=10, help="passes over each task")
     run.add_argument("--iterations", type=int, metavar="N", help="steps of each task, instead of epochs")
     run.add_argument("--batch-size", type=int, default=128, help="images a batch")
@@ -160,7 +161,7 @@ def _factory(name: str, options: argparse.Namespace) -> Callable[[nn.Module], An
     if name == "finetune":
         return lambda model: None
     if name == "progressive":
-        return _progressive(options.setting)
+        return _progressive(options.setting, options.cache)
     from limpet import Hybrid
 
     make, *others = [_part(part, options) for part in name.split("-")]
@@ -212,13 +213,13 @@ def _replay(name: str, options: argparse.Namespace) -> Callable[[nn.Module], Any
     return dark
 
 
-def _progressive(setting: str) -> Callable[[nn.Module], Any]:
+def _progressive(setting: str, cache: bool) -> Callable[[nn.Module], Any]:
     """What makes a progressive network, of columns as wide as a network's layers, and as the method that grows it."""
     if setting != "task":
         raise ValueError(f"progressive has a column for each task, and needs --setting task, got {setting!r}")
     from limpet.scenarios.models import ProgressiveMLP
 
-    return lambda model: ProgressiveMLP.beside(model)
+    return partial(ProgressiveMLP.beside, cache=cache)
 
 
 def _ewc(ewc: EWC, labels: str) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from limpet import _checks
+from limpet.buffers.memory import require_room
 from limpet.methods import ProgressiveNetwork
+from limpet.methods.progressive import FeatureCache
+from limpet.scenarios.streams import Batches
 
 
 class MultiHeadMLP(nn.Module):
@@ -97,6 +100,9 @@ class ProgressiveMLP(nn.Module):
         num_inputs: values in one input, after flattening.
         hidden: the width of each of a column's ReLU layers.
         lateral: as for :class:`limpet.ProgressiveNetwork`.
+        cache: compute what a column reads of earlier ones once for its task's images, where that fits in memory. (In
+            batches of consecutive images: the last bits of a matrix product may differ from those without.)
+        say: is told beforehand how many bytes that takes, and whether they fit.
 
     >>> import torch
     >>> from types import SimpleNamespace
@@ -106,7 +112,15 @@ class ProgressiveMLP(nn.Module):
     torch.Size([5, 2])
     """
 
-    def __init__(self, num_inputs: int, hidden: Sequence[int] = (400, 400), *, lateral: str = "adapter") -> None:
+    def __init__(
+        self,
+        num_inputs: int,
+        hidden: Sequence[int] = (400, 400),
+        *,
+        lateral: str = "adapter",
+        cache: bool = False,
+        say: Callable[[str], object] = print,
+    ) -> None:
         super().__init__()
         widths = [num_inputs, *hidden]
 
@@ -115,12 +129,14 @@ class ProgressiveMLP(nn.Module):
 
         self.columns = ProgressiveNetwork(column, lateral=lateral)
         self.head = 0
+        self._caches, self._say = cache, say
+        self._cache: FeatureCache | None = None  # of the task that is being learned
 
     @classmethod
-    def beside(cls, model: Any) -> ProgressiveMLP:
+    def beside(cls, model: Any, **options: Any) -> ProgressiveMLP:
         """Columns whose layers are as wide as a :class:`MultiHeadMLP`'s, where that is."""
         num_inputs, *hidden = model.widths
-        return cls(num_inputs, hidden).to(next(model.parameters()).device)
+        return cls(num_inputs, hidden, **options).to(next(model.parameters()).device)
 
     @property
     def network(self) -> ProgressiveMLP:
@@ -140,14 +156,39 @@ class ProgressiveMLP(nn.Module):
         """Add a column for ``task.head``, with ``task.outputs`` outputs."""
         self.columns.add_column(task.head, outputs=task.outputs)
         self.select(task.head)
+        if self._caches and len(self.columns.tasks) > 1:
+            self._cache = self._cached(task)
+
+    def _cached(self, task: Any) -> FeatureCache | None:
+        """What the new column reads of earlier ones for a task's images, unless there is no room."""
+        images, _ = next(iter(Batches(task.images, task.targets, len(task.targets))))
+        nbytes = self.columns.cache_nbytes(images, task.head)
+        what = f"earlier columns' features for {len(images)} images of task {task.name}: {nbytes} bytes"
+        try:
+            require_room([nbytes], images.device, what="cached features")
+        except ValueError as error:
+            self._say(f"{what}; not cached: {error}")
+            return None
+        self._say(what)
+        return self.columns.cache_features(images, task.head, batch_size=task.batch_size)
+
+    def features(self, rows: Tensor) -> FeatureCache | None:  # int64 [N]
+        """What the column reads of earlier ones for these rows of the task's images; None where it is not cached."""
+        return None if self._cache is None else self._cache[rows]
 
     def end_task(self, batches: Any = None) -> None:
-        """Freeze the column."""
+        """Freeze the column, and let go of cached features."""
         self.columns.freeze()
+        self._cache = None
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, *], * flattens to num_inputs -> [N, outputs]
-        """The outputs of the selected head."""
-        logits: Tensor = self.columns(x, self.head)
+    def forward(
+        self,
+        x: Tensor,  # [N, *], * flattens to num_inputs
+        *,
+        features: FeatureCache | None = None,
+    ) -> Tensor:  # [N, outputs]
+        """The outputs of the selected head; where :meth:`features` are given earlier columns do not run."""
+        logits: Tensor = self.columns(x, self.head, features=features)
         return logits
 
 

@@ -4,12 +4,12 @@ A method is any object with some of the moments below, or None for plain fine-tu
 ``begin_task(task)``, ``mix(x, y)``, ``penalty()`` or ``add_penalty_grad_()``, ``project_grads_()``, ``after_step()``,
 ``observe(x, y, outputs)``, ``end_task(batches)``. A method that mixes or observes may replay items of several tasks:
 where each task has a head of its own, ``x`` is to it the pair of images and the head of each. A method may bring a
-``network`` that is to be trained in the model's place.
+``network`` that is to be trained in the model's place, and ``features(rows)``: what that is given as ``features=``
+beside a batch of these rows of the task's images.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -87,7 +87,7 @@ class MethodResult:
     method: str
     matrix: AccuracyMatrix
     curve: list[tuple[float, list[float]]] = field(default_factory=list)  # (tasks trained so far, accuracies [T])
-    training_seconds: float = 0.0  # the loop, without consolidation and evaluation
+    training_seconds: float = 0.0  # begin_task and the loop, without consolidation and evaluation
     consolidation_seconds: float = 0.0  # end_task
     evaluation_seconds: float = 0.0
     peak_memory_bytes: int | None = None  # growth from before the network was made; see PeakMemory
@@ -169,6 +169,7 @@ class _Learner:
         self._stream, self._model, self._training, self._clock = stream, model, training, clock
         self._optimizer: torch.optim.Optimizer  # made when the first task begins
         self._begin_task = getattr(method, "begin_task", None)
+        self._features = getattr(method, "features", None)
         self._mix = getattr(method, "mix", None)
         self._add_penalty_grad = getattr(method, "add_penalty_grad_", None)
         self._penalty = None if self._add_penalty_grad else getattr(method, "penalty", None)
@@ -187,10 +188,11 @@ class _Learner:
         """Learn every task, end it, and record the accuracies."""
         for task in self._stream.tasks:
             self._model.select(task.head, task.outputs)
-            if self._begin_task:
-                self._begin_task(task)
-            self._optimize_what_learns()
             before = self.result.training_seconds
+            if self._begin_task:
+                with self._timed("training_seconds"):
+                    self._begin_task(task)
+            self._optimize_what_learns()
             self._train(task)
             self.result.task_seconds.append(self.result.training_seconds - before)
             if self._end_task:
@@ -217,10 +219,11 @@ class _Learner:
         report_after = {per_epoch * mark // _REPORTS_PER_EPOCH for mark in range(1, _REPORTS_PER_EPOCH + 1)} - {0}
         done = 0
         for epoch in range(-(-num_steps // per_epoch)):
-            batches, losses = enumerate(itertools.islice(task.batches(epoch), num_steps - done), 1), list[Tensor]()
+            batches, losses = task.batches(epoch), list[Tensor]()
+            numbered = zip(range(1, num_steps - done + 1), batches.rows(), batches, strict=False)
             with self._timed("training_seconds"):
-                for step, (x, y) in batches:
-                    losses.append(self._step(x, y))
+                for step, rows, (x, y) in numbered:
+                    losses.append(self._step(x, y, rows))
                     done += 1
                     if step in report_after or done == num_steps:
                         self._report(task, epoch, step == per_epoch or done == num_steps, losses)
@@ -228,12 +231,13 @@ class _Learner:
                     if done in evaluate_after:
                         self._evaluate(task, done / num_steps)
 
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:  # [B, 1, H, W], [B] -> 0-d
+    def _step(self, x: Tensor, y: Tensor, rows: Any) -> Tensor:  # [B, 1, H, W], [B], int64 [B] or a slice -> 0-d
         """One step of the optimizer, and the method's moments around it; gives the task's loss."""
         inputs = (x, torch.full_like(y, self._model.head)) if self._own_heads else x
         mixed, mixed_y = self._mix(inputs, y) if self._mix else (inputs, y)
+        beside = {"features": self._features(rows)} if self._features else {}
         self._optimizer.zero_grad()
-        outputs = self._model(*mixed) if self._own_heads else self._model(mixed)
+        outputs = self._model(*mixed) if self._own_heads else self._model(mixed, **beside)
         loss = F.cross_entropy(outputs, mixed_y)
         (loss + self._penalty() if self._penalty else loss).backward()
         if self._add_penalty_grad:

@@ -41,11 +41,14 @@ class Batches:
         return -(-self.num_samples // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for start in range(0, self.num_samples, self.batch_size):
-            rows: slice | Tensor = slice(start, start + self.batch_size)
-            if self.order is not None:
-                rows = self.order[rows]
+        for rows in self.rows():
             yield self.images[rows].unsqueeze(1).float().div_(255), self.targets[rows]
+
+    def rows(self) -> Iterator[slice | Tensor]:
+        """Which rows of ``images`` each batch has."""
+        for start in range(0, self.num_samples, self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield rows if self.order is None else self.order[rows]
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limpet import _checks
+from limpet import _checks, _core
 from limpet.methods.progressive import cache, inference, sensitivity
+from limpet.methods.progressive import state as states
 from limpet.methods.progressive.column import Column, Columns, Features
 from limpet.methods.progressive.growth import ColumnMaker
 from limpet.methods.progressive.laterals import KINDS, Activation
@@ -326,13 +327,7 @@ class ProgressiveNetwork(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What makes the columns anew: tasks, the factory's arguments, which laterals there are, and how far it is."""
-        return {
-            "lateral": self.lateral,
-            "tasks": list(self.tasks),
-            "arguments": [dict(arguments) for arguments in self._arguments],
-            "laterals": [sorted(map(list, column.pairs)) for column in self.columns],
-            "training": bool(self.columns) and not self.columns[-1].frozen,
-        }
+        return states.of(self.columns, self.tasks, self._arguments, self.lateral)
 
     def set_extra_state(self, state: Any) -> None:
         """Make the columns that a state has and this network lacks; ``load_state_dict`` fills them.
@@ -342,31 +337,13 @@ class ProgressiveNetwork(nn.Module):
                 gone here that the state has, or its last column is frozen and the state's is not; or as
                 :meth:`add_column`. The columns are as they were then.
         """
-        keys = {"lateral", "tasks", "arguments", "laterals", "training"}
-        if not isinstance(state, Mapping) or state.keys() != keys:
-            raise ValueError(f"the state of a ProgressiveNetwork must have the keys {sorted(keys)}, got {state!r}")
-        if state["lateral"] != self.lateral:
-            raise ValueError(f"state must be of lateral={self.lateral!r}, got {state['lateral']!r}")
-        here = len(self.tasks)
-        if state["tasks"][:here] != self.tasks or state["arguments"][:here] != self._arguments:
-            raise ValueError(
-                f"state must begin with the columns of this network ({self._known()}), got {state['tasks']}"
-            )
-        if here and here == len(state["tasks"]) and state["training"] and self.columns[-1].frozen:
-            raise ValueError(
-                "state must not be of a column in training where that is frozen: load it into a new network"
-            )
+        states.check(state, self.columns, self.tasks, self._arguments, self.lateral)
         columns = list(self.columns)
-        for arguments in state["arguments"][here:]:
+        for arguments in state["arguments"][len(columns) :]:
             columns.append(self._make(arguments, columns, self._place).train(self.training))
-        gone = []
-        for column, pairs in zip(columns, state["laterals"], strict=True):
-            wanted = {(point, number) for point, number in pairs}
-            if not wanted <= column.pairs:
-                raise ValueError(f"state must have no laterals that are not here, got {sorted(wanted - column.pairs)}")
-            gone.append(column.pairs - wanted)
-        for column, pairs_gone in zip(columns, gone, strict=True):
-            column.prune(pairs_gone)
+        gone = states.pruned(state, columns)
+        for column, pairs in zip(columns, gone, strict=True):
+            column.prune(pairs)
         for task, arguments, column in zip(state["tasks"], state["arguments"], columns, strict=True):
             if task not in self.tasks:
                 self._append(task, arguments, column)
@@ -378,7 +355,7 @@ class ProgressiveNetwork(nn.Module):
         return f"lateral={self.lateral!r}, tasks={self.tasks}"
 
     def _known(self) -> str:
-        return ", ".join(map(repr, self.tasks)) or "no task yet"
+        return states.named(self.tasks)
 
     def _number(self, task: Task | None) -> int:
         if task is None or task not in self.tasks:
@@ -388,6 +365,10 @@ class ProgressiveNetwork(nn.Module):
     def _append(self, task: Task, arguments: Mapping[str, Any], column: Column) -> None:
         if self.columns:
             self.freeze()
+        if self._place.device.type == "cpu":
+            # glibc is to keep what one step frees for the next, up to 64 MB: otherwise the system clears the pages of
+            # the laterals' gradients again in every step, a tenth of a step of five columns of three layers of 512.
+            _core.keep_freed_memory()
         self.columns.append(column)
         self.tasks.append(task)
         self._arguments.append(dict(arguments))
