@@ -74,9 +74,11 @@ class Uses:
         ):
             return False
         gradients = self._gradients[weight[0]], self._gradients[bias[0]]
-        if any(len(found) != 1 or not found[0].alone for found in gradients):
+        if len(gradients[0]) != 1 or len(gradients[1]) != 1:
             return False
         (of_weight,), (of_bias,) = gradients
+        if not (of_weight.alone and of_bias.alone):
+            return False
         factor.add_to(of_weight.total(), of_bias.total())
         return True
 
