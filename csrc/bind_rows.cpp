@@ -16,10 +16,6 @@ namespace {
 
 using Fields = std::vector<RowField>;
 
-void* address(const dlpack::Tensor& tensor) {
-  return static_cast<char*>(tensor.data) + tensor.byte_offset;
-}
-
 bool without_gaps(const dlpack::Tensor& tensor) {
   std::int64_t stride = 1;
   for (int k = tensor.ndim - 1; k >= 0; --k) {

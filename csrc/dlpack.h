@@ -7,8 +7,8 @@
 namespace limpet::dlpack {
 
 constexpr std::uint32_t kMajorVersion = 1;
-constexpr std::int32_t kCpu = 1;    // a device's type
-constexpr std::uint8_t kFloat = 2;  // a dtype's code: IEEE floats of 16 bits and more
+constexpr std::int32_t kCpu = 1;                 // a device's type
+constexpr std::uint8_t kFloat = 2, kBfloat = 4;  // a dtype's code: IEEE floats of 16 bits and more, and bfloat16
 
 struct Version {
   std::uint32_t major, minor;
@@ -36,6 +36,10 @@ struct Tensor {
   std::int64_t* strides;  // [ndim], in elements
   std::uint64_t byte_offset;
 };
+
+inline void* address(const Tensor& tensor) {
+  return static_cast<char*>(tensor.data) + tensor.byte_offset;
+}
 
 struct ManagedTensor;
 

@@ -65,7 +65,9 @@ void pack_columns(const ConvArgs& args, const Stored* from, std::int64_t place0,
   const std::int64_t step = args.output_grad_strides[1];
   const std::int64_t* const strides = args.output_grad_strides + 2;
   const std::int64_t y2_size = args.output_size[2], y1_size = args.output_size[1];
-  const bool flat = strides[1] == strides[2] * y2_size && strides[0] == strides[1] * y1_size;
+  // The stride of a dimension of one is arbitrary: those that a picture lacks have zero.
+  const bool lines = y1_size == 1 || strides[1] == strides[2] * y2_size;
+  const bool flat = lines && (args.output_size[0] == 1 || strides[0] == strides[1] * y1_size);
   for (std::int64_t t = 0; t < places;) {  // a line of the output at a time, or all where one follows the other
     const std::int64_t place = place0 + t, y2 = place % y2_size, y1 = place / y2_size % y1_size;
     const std::int64_t run = flat ? places : min_of(y2_size - y2, places - t);

@@ -1,4 +1,5 @@
-// sum_n (sum_t d[n,t,:] a[n,t,:]^T)^2 for weights used as y = x W^T: rows are outputs, columns inputs.
+// sum_n (sum_t d[n,t,:] a[n,t,:]^T)^2 for weights used as y = x W^T: rows are outputs, columns inputs. A bias's
+// sum_n (sum_t d[n,t,:])^2 is taken from the packed rows on the way: the gradient is then read from memory once.
 
 #include "cpu/contraction.h"
 #include "cpu/isa.h"
@@ -37,11 +38,11 @@ bool rows_are_shared(const LinearArgs& args) {
   return args.rows <= args.columns;
 }
 
-// Workspace: the shared side's panels for several chunks | a job's own panels, per thread | offsets | carry.
+// Workspace: the shared side's panels for several chunks | a job's own panels, per thread | offsets | carry | bias's.
 template <class S>
 struct Layout {
   std::int64_t slot, slots, own;  // elements of a chunk's shared panels; chunks at a time; elements of own panels
-  std::int64_t owned, offsets, carry, end;  // in bytes; the shared panels lie at 0
+  std::int64_t owned, offsets, carry, bias_carry, end;  // in bytes; the shared panels lie at 0
 
   Layout(const LinearArgs& args, const Shape& shape) {
     const std::int64_t places = shape.chunks.rows();
@@ -54,7 +55,8 @@ struct Layout {
     owned = bytes(slot * slots);
     offsets = owned + bytes(own) * max_of(1, args.threads);
     carry = offsets + ceil_div(shape.chunks.segment * 8, 64) * 64;
-    end = carry + (shape.carried() ? bytes(rows * kMR * ceil_div(args.columns, kNR<S>) * kNR<S>) : 0);
+    bias_carry = carry + (shape.carried() ? bytes(rows * kMR * ceil_div(args.columns, kNR<S>) * kNR<S>) : 0);
+    end = bias_carry + (shape.carried() ? bytes(rows * kMR) : 0);
   }
 };
 
@@ -219,11 +221,48 @@ class Contraction {
         tile.first = !shape.carried() || chunk.t == 0;
         tile.last = !shape.carried() || chunk.t + chunk.places == shape.places;
         run_tile(tile, height, vectors(q));
+        if (q == 0 && args.bias_total) add_bias(tile, p, height);
         if (in_place || !tile.last) continue;
 
         for (int r = 0; r < height; ++r)
           for (std::int64_t c = 0; c < count; ++c) to[r * args.columns + c] += sum[r * kNR<S> + c];
       }
+  }
+
+  // The bias's part of a tile's rows, packed without gaps: of each panel of rows, with the first panel of columns.
+  void add_bias(const Tile<S>& tile, std::int64_t p, int height) const {
+    S* const total = static_cast<S*>(args.bias_total) + p * kMR;
+    S* const carry = reinterpret_cast<S*>(workspace + layout.bias_carry) + p * kMR;
+    for (std::int64_t n = 0; n < tile.samples; ++n) {
+      S sum[kMR];
+      sum_places(tile.rows[0] + n * tile.row_sample, tile.places, sum);
+      for (int r = 0; r < height; ++r) {
+        if (!tile.first) sum[r] += carry[r];
+        if (!tile.last)
+          carry[r] = sum[r];
+        else if (tile.squares)
+          math::add_square(total[r], sum[r]);
+        else
+          total[r] += sum[r];
+      }
+    }
+  }
+
+  // Three vectors hold a whole number of places: kMR values each.
+  static void sum_places(const S* rows, std::int64_t places, S* sum) {
+    static_assert(3 * lanes<S> % kMR == 0, "6 and a power of two");
+    constexpr std::int64_t step = 3 * lanes<S> / kMR;
+    Vector<S> sums[3] = {};
+    std::int64_t t = 0;
+    for (; t + step <= places; t += step, rows += step * kMR)
+      for (int v = 0; v < 3; ++v) sums[v] += load(rows + v * lanes<S>);
+    alignas(64) S values[step * kMR];
+    for (int v = 0; v < 3; ++v) store<S>(sums[v], values + v * lanes<S>);
+    for (int r = 0; r < kMR; ++r) sum[r] = 0;
+    for (std::int64_t i = 0; i < step; ++i)
+      for (int r = 0; r < kMR; ++r) sum[r] += values[i * kMR + r];
+    for (; t < places; ++t, rows += kMR)
+      for (int r = 0; r < kMR; ++r) sum[r] += rows[r];
   }
 
   const LinearArgs& args;

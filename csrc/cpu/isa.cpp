@@ -13,6 +13,7 @@ namespace limpet::cpu {
   void fill_fisher_linear(Kernels&); \
   void fill_fisher_conv(Kernels&);   \
   void fill_fisher_rows(Kernels&);   \
+  void fill_fisher_norm(Kernels&);   \
   void fill_path_integral(Kernels&); \
   void fill_optim(Kernels&);         \
   void fill_reservoir(Kernels&);     \
@@ -24,6 +25,7 @@ namespace limpet::cpu {
     fill_fisher_linear(kernels);     \
     fill_fisher_conv(kernels);       \
     fill_fisher_rows(kernels);       \
+    fill_fisher_norm(kernels);       \
     fill_path_integral(kernels);     \
     fill_optim(kernels);             \
     fill_reservoir(kernels);         \

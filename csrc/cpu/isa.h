@@ -17,6 +17,7 @@ namespace limpet::cpu {
 // Strides are in elements.
 struct LinearArgs {
   void* total;                                  // [O, I] contiguous, compute type of dtype; added to
+  void* bias_total;                             // [O], the same; or null
   const void* output_grad;                      // [N, T, O]
   const void* input;                            // [N, T, I]
   std::int64_t samples, places, rows, columns;  // N, T, O, I
@@ -46,6 +47,19 @@ struct ChannelArgs {
   const void* shift;        // [C] contiguous, compute type of dtype, taken from the input; or null
   std::int64_t sizes[4];
   std::int64_t output_grad_strides[4], input_strides[4];
+  Dtype dtype;
+  int threads;
+};
+
+// Channels are neighbours in memory.
+struct NormArgs {
+  void* total;              // [C] compute type of dtype; added to
+  void* bias_total;         // [C], the same; or null
+  const void* output_grad;  // [N, T, C]
+  const void* input;        // [N, T, C]
+  const void *mean, *rstd;  // [N, T] compute type of dtype, the same strides
+  std::int64_t samples, places, channels;
+  std::int64_t output_grad_strides[2], input_strides[2], mean_strides[2];  // of samples and places
   Dtype dtype;
   int threads;
 };
@@ -84,6 +98,7 @@ struct Kernels {
   std::int64_t (*conv_workspace)(const ConvArgs&);
   void (*sum_grad_squared_conv)(const ConvArgs&);
   void (*sum_grad_squared_channel)(const ChannelArgs&);
+  void (*sum_grad_squared_norm)(const NormArgs&);
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);
   // integral -= (grad - strength F (previous - anchor)) (theta - previous); previous = theta.
   void (*path_integral)(const PathIntegralTensor* tensors, std::int64_t count, double strength, int threads);

@@ -202,6 +202,34 @@ def gather_rows(
     threads: int,
 ) -> None: ...
 
+class PlainSums:  # of tensors
+    def __init__(self, exchange: object, tensor: type, /) -> None: ...
+    def linear(
+        self, total: Tensor, bias_total: Tensor | None, output_grad: Tensor, input: Tensor, threads: int, /
+    ) -> bool: ...
+    def norm(
+        self,
+        total: Tensor,
+        bias_total: Tensor | None,
+        output_grad: Tensor,
+        input: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        threads: int,
+        /,
+    ) -> bool: ...
+    def bias(self, total: Tensor, output_grad: Tensor, channel_dim: int, threads: int, /) -> bool: ...
+    def scale(
+        self,
+        total: Tensor,
+        output_grad: Tensor,
+        input: Tensor,
+        shift: Tensor | None,
+        channel_dim: int,
+        threads: int,
+        /,
+    ) -> bool: ...
+
 class PlainRows:  # of tensors
     def __init__(self, exchange: object, tensor: type, container: type, stored: list[Tensor], /) -> None: ...
     def count(self, batch: object, /) -> int: ...

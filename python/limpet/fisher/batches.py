@@ -109,21 +109,20 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
 
 def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  # [N, K]
     """The model's losses for each sample, checked."""
-    inputs = batch.inputs
-    device = next(model.parameters()).device
-    random_state = _random_state(device)
-    outputs = call(model, inputs)
-    if not all(map(torch.equal, random_state, _random_state(device))):
-        raise RuntimeError(
-            "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
-        )
+    with torch._C.DisableTorchFunction():  # looks of ours, not the model's: the recorder is not to see them
+        device = next(model.parameters()).device
+        random_state = _random_state(device)
+    outputs = call(model, batch.inputs)
+    with torch._C.DisableTorchFunction():
+        if not all(map(torch.equal, random_state, _random_state(device))):
+            raise RuntimeError(
+                "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
+            )
     losses = objective(outputs, batch)
-    with torch._C.DisableTorchFunction():  # a look of ours, not the model's: the recorder is not to see it
-        some_bad = not isfinite(float(losses.detach().sum()))
-        bad = torch.isfinite(losses.detach()).logical_not().nonzero() if some_bad else losses.new_empty(0)
-    if len(bad):
-        n, k = (int(i) for i in bad[0])
-        raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
+    with torch._C.DisableTorchFunction():
+        if not isfinite(float(losses.detach().sum())):
+            for n, k in torch.isfinite(losses.detach()).logical_not().nonzero().tolist():
+                raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
     return losses
 
 

@@ -54,12 +54,7 @@ def standing(model: nn.Module) -> list[Any]:
     Modules and parameters are named by their ``id``: whoever keeps the answer keeps them, too.
     """
     found: list[Any] = [torch.is_inference_mode_enabled()]
-    modules: list[nn.Module | None] = [model]
-    seen = set()
-    for module in modules:
-        if module is None or module in seen:
-            continue
-        seen.add(module)
+    for module in _modules(model):
         found += (id(module), module.training)
         if isinstance(module, _MAY_BE_REFUSED):
             found += (
@@ -70,8 +65,18 @@ def standing(model: nn.Module) -> list[Any]:
         for p in module._parameters.values():
             if p is not None:
                 found += (id(p), p.requires_grad, p.dtype, p.device, p.shape)
-        modules += module._modules.values()
     return found
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """As ``model.modules()``, whose nested generators take as long as all that is asked of the modules."""
+    modules: dict[nn.Module, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    for module in waiting:
+        if module is not None and module not in modules:
+            modules[module] = None
+            waiting += module._modules.values()
+    return [*modules]
 
 
 def _refuse_module(name: str, module: nn.Module) -> None:
@@ -95,23 +100,24 @@ class _Buffers:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._found = [
-            (f"{prefix}.{name}".lstrip("."), module, name, buffer, None if buffer is None else buffer.clone())
-            for prefix, module in model.named_modules()
+            (module, name, buffer, None if buffer is None else buffer.clone())
+            for module in _modules(model)
             for name, buffer in module._buffers.items()
         ]
 
     def restore(self) -> list[str]:
         """Put back what has changed; the names of what had."""
         changed = []
-        for full_name, module, name, buffer, value in self._found:
+        for module, name, buffer, value in self._found:
             if module._buffers.get(name) is not buffer:
-                changed.append(full_name)
+                changed.append((module, name))
                 module._buffers[name] = buffer
             if buffer is not None and value is not None and not _same_bytes(buffer, value):
-                changed.append(full_name)
+                changed.append((module, name))
                 with torch.no_grad():
                     buffer.copy_(value)
-        return changed
+        paths = {module: path for path, module in self._model.named_modules()} if changed else {}
+        return [f"{paths.get(module, type(module).__name__)}.{name}".lstrip(".") for module, name in changed]
 
     def check(self) -> None:
         """Put back what has changed, and refuse a model that changes its buffers."""

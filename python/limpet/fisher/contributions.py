@@ -49,10 +49,13 @@ class Matrix(NamedTuple):
     output_grad: Tensor  # [N, *, O]
     input: Tensor  # [N, *, I]
 
-    def add_to(self, total: Tensor) -> None:  # noqa: D102
+    def add_to(self, total: Tensor, bias_total: Tensor | None = None) -> None:
+        """As for every use; and for the bias that is added at the output, in one go."""
         if total.is_contiguous():
-            ops.sum_grad_squared_linear(self.output_grad, self.input, into=total)
+            ops.sum_grad_squared_linear(self.output_grad, self.input, into=total, bias_into=bias_total)
         else:
+            if bias_total is not None:
+                ops.sum_grad_squared_bias(self.output_grad, into=bias_total)
             _add(total.t(), lambda into: ops.sum_grad_squared_linear(self.input, self.output_grad, into=into))
 
     def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
@@ -121,9 +124,18 @@ class Vector(NamedTuple):
     gain: Tensor | None = None  # [C] or []
     shift: Tensor | None = None  # [C], subtracted from the input
 
+    def is_bias_of(self, weight: Matrix | Normalised) -> bool:
+        """Whether it is added to what the weight makes."""
+        return (
+            self.output_grad is weight.output_grad
+            and self.input is None
+            and self.gain is None
+            and self.channel_dim == -1
+        )
+
     def add_to(self, total: Tensor) -> None:  # noqa: D102
         if self.gain is None and total.is_contiguous():
-            self._sum(total.view(-1))
+            self._sum(total if total.dim() == 1 else total.view(-1))
         else:
             squares = self._sum(None)
             if self.gain is not None:
@@ -147,6 +159,31 @@ class Vector(NamedTuple):
         grad = grad.movedim(self.channel_dim, -1)
         grad = grad.reshape(grad.shape[0], -1, grad.shape[-1]).sum(dim=1)
         return (grad if self.gain is None else grad * self.gain).view(-1, *shape)
+
+
+class Normalised(NamedTuple):
+    """A vector ``[C]`` multiplied along the last dimension of ``(x - mean) rstd``."""
+
+    output_grad: Tensor  # [N, *, C]
+    input: Tensor  # [N, *, C]
+    mean: Tensor  # [N, *, 1]
+    rstd: Tensor  # [N, *, 1]
+
+    def add_to(self, total: Tensor, bias_total: Tensor | None = None) -> None:
+        """As for every use; and for the bias that is added at the output, in one go."""
+        if total.is_contiguous():
+            bias = None if bias_total is None else bias_total.view(-1)
+            ops.sum_grad_squared_norm(*self, into=total.view(-1), bias_into=bias)
+        else:
+            if bias_total is not None:
+                ops.sum_grad_squared_bias(self.output_grad, into=bias_total.view(-1))
+            total += ops.sum_grad_squared_norm(*self).view(total.shape)
+
+    def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
+        d, x, mean, rstd = (t[samples] for t in self)
+        dtype = wide(d.dtype)
+        normalised = (x.to(dtype) - mean).mul_(rstd)
+        return Vector(d.to(dtype), normalised, -1).per_sample(slice(None), shape)
 
 
 class Convolution(NamedTuple):

@@ -34,7 +34,9 @@ def from_data(loss: Loss) -> Objective:
     """The loss of the targets that the batches give."""
 
     def objective(outputs: Any, batch: Batch) -> Tensor:  # [N, 1]
-        return one_per_sample(loss(outputs, batch.targets), batch.size).unsqueeze(1)
+        losses = loss(outputs, batch.targets)
+        with torch._C.DisableTorchFunction():
+            return one_per_sample(losses, batch.size).unsqueeze(1)
 
     return objective
 
@@ -195,13 +197,14 @@ def _ignored(batch: Batch, labels: Tensor) -> Tensor:  # [N, *] -> bool [N, *]
 
 def cross_entropy(outputs: Any, targets: Any) -> Tensor:  # [N, C, *], [N, *] -> [N]
     """The default loss: minus the log-likelihood of the targets, summed over a sample's places."""
-    if not isinstance(outputs, Tensor) or outputs.dim() < 2:
-        raise TypeError(
-            "the default loss needs outputs of shape [N, C, *]; give loss= for this model, whose output is "
-            f"{_checks.describe(outputs)}"
-        )
-    losses = F.cross_entropy(outputs, targets, reduction="none")
-    return losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses
+    with torch._C.DisableTorchFunction():  # nothing that the recorder would have to see
+        if not isinstance(outputs, Tensor) or outputs.dim() < 2:
+            raise TypeError(
+                "the default loss needs outputs of shape [N, C, *]; give loss= for this model, whose output is "
+                f"{_checks.describe(outputs)}"
+            )
+        losses = F.cross_entropy(outputs, targets, reduction="none")
+        return losses.flatten(1).sum(dim=1) if losses.dim() > 1 else losses
 
 
 def one_per_sample(losses: Any, samples: int) -> Tensor:  # [N]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from types import FunctionType
@@ -70,7 +70,7 @@ class Recorder(TorchFunctionMode):
         self.decided: list[object] = []
         self.spans: defaultdict[str, list[Span]] = defaultdict(list)
         self._declined, self._probe = declined, probe
-        self._seen: Counter[tuple[Any, ...]] = Counter()
+        self._seen: dict[tuple[Any, ...], int] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Compute a call by its rule, where there is one."""
@@ -105,10 +105,11 @@ class Recorder(TorchFunctionMode):
 
     def _record(self, match: Match) -> Tensor | None:
         x, call, _ = match
-        lead = torch.Size(call.sizes if x is None else x.shape)[: call.lead]
+        lead = (torch.Size(call.sizes) if x is None else x.shape)[: call.lead]
         same = (call.function, call.weight, call.bias)
-        key = (*same, call.lead, self._seen[same])
-        self._seen[same] += 1
+        count = self._seen.get(same, 0)
+        self._seen[same] = count + 1
+        key = (*same, call.lead, count)
         if self._probe and not candidates(lead, self._probe):
             self._declined.add(key)
         if key in self._declined:
@@ -116,7 +117,7 @@ class Recorder(TorchFunctionMode):
         if x is None or not x.requires_grad or self.operands.find(x) is not None:
             self.constant.add(key)
         self.calls.append((key, call, lead))
-        y: Tensor = _Recorded.apply(x, self.anchor, call, key, self)
+        y: Tensor = _Recorded.apply(x, self.anchor, (call, key, self))
         if self.on_forward is not None:
             self.on_forward(key, call, None if x is None else x.detach(), y.detach())
         return y
@@ -126,7 +127,9 @@ class _Recorded(torch.autograd.Function):
     """A call's value; in backward its input's gradient, while the output's gradient goes to the recorder."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, anchor: Tensor, call: Call, key: Key, recorder: Recorder) -> Tensor:
+    def forward(ctx: Any, x: Tensor | None, anchor: Tensor, recorded: tuple[Call, Key, Recorder]) -> Tensor:
+        ctx.recorded = recorded
+        call = recorded[0]
         device = anchor.device if x is None else x.device
         if call.autocast is not None and x is not None and torch.is_autocast_enabled(device.type):
             with torch.autocast(device.type, enabled=False):
@@ -137,18 +140,18 @@ class _Recorded(torch.autograd.Function):
         if y._is_view():  # as of a linear layer with places: models may change it in place, which views forbid here
             y = torch.ops.aten._unsafe_view(y, y.shape)
         ctx.save_for_backward(*saved)
-        ctx.call, ctx.key, ctx.recorder = call, key, recorder
         ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None]:
         if dy is None:
-            return None, None, None, None, None
+            return None, None, None
+        call, key, recorder = ctx.recorded
         saved = ctx.saved_tensors
-        ctx.recorder.on_backward(ctx.key, ctx.call, dy, saved)
-        dx = ctx.call.input_grad(dy, saved) if ctx.needs_input_grad[0] else None
-        return dx, None, None, None, None
+        recorder.on_backward(key, call, dy, saved)
+        dx = call.input_grad(dy, saved) if ctx.needs_input_grad[0] else None
+        return dx, None, None
 
 
 class _Known(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limpet.fisher.contributions import Contribution, Matrix, Table, Vector, add_tied, joined
+from limpet.fisher.contributions import Contribution, Matrix, Normalised, Table, Vector, add_tied, joined
 from limpet.fisher.operands import Operand, Region, disjoint
 from limpet.fisher.recorder import Key
 from limpet.fisher.rules import Call
@@ -57,9 +57,30 @@ class Uses:
         """Take one call's output gradient."""
         if call.weight is None and call.bias is None:
             return
-        for operand, contribution in call.contributions(dy, saved, self.splits[key]):
+        uses = tuple(call.contributions(dy, saved, self.splits[key]))
+        if len(uses) == 2 and self._add_both(*uses):
+            return
+        for operand, contribution in uses:
             for gradient in self._gradients[operand]:
                 gradient.take(operand, contribution)
+
+    def _add_both(self, weight: tuple[Operand, Contribution], bias: tuple[Operand, Contribution]) -> bool:
+        """Add a layer's two sums in one go, if it is one that allows it and nothing is to be joined before."""
+        factor, vector = weight[1], bias[1]
+        if (
+            not isinstance(factor, (Matrix, Normalised))
+            or not isinstance(vector, Vector)
+            or not vector.is_bias_of(factor)
+        ):
+            return False
+        gradients = self._gradients[weight[0]], self._gradients[bias[0]]
+        if len(gradients[0]) != 1 or len(gradients[1]) != 1:
+            return False
+        (of_weight,), (of_bias,) = gradients
+        if not (of_weight.alone and of_bias.alone):
+            return False
+        factor.add_to(of_weight.total(), of_bias.total())
+        return True
 
     def finish(self, last: bool) -> None:
         """Sum what is left of a column of losses, or of the last one: some uses no loss depends on."""
@@ -84,13 +105,14 @@ class _Gradient:
     ) -> None:
         self._sums, self._name, self._region, self._param, self._computed = sums, name, region, param, computed
         self._count, self._whole, self._columns = count, whole, columns  # whole: of several operands, in param's shape
+        self.alone = count == 1 and columns == 1 and not whole  # nearly all: nothing is joined before squaring
         self._parts: list[tuple[Operand, Contribution]] = []
         self._squares: Tensor | None = None  # [N, O], for the input:
         self._input: Tensor | None = None  # [N, I]
 
     def take(self, operand: Operand, contribution: Contribution) -> None:
-        if self._count == 1 and self._columns == 1 and not self._whole:  # nearly all
-            contribution.add_to(self._total())
+        if self.alone:
+            contribution.add_to(self.total())
             return
         self._parts.append((operand, contribution))
         if len(self._parts) == self._count and not self._whole:
@@ -101,9 +123,10 @@ class _Gradient:
             self._add()
         if last and self._squares is not None and self._input is not None:
             squares, input, self._squares, self._input = self._squares, self._input, None, None
-            Matrix(squares.sqrt(), input.to(squares.dtype)).add_to(self._total())
+            Matrix(squares.sqrt(), input.to(squares.dtype)).add_to(self.total())
 
-    def _total(self) -> Tensor:
+    def total(self) -> Tensor:
+        """Where the squares are added; looked up at each use, see :class:`limpet.fisher.sums.Running`."""
         total = self._sums[self._name]
         return total if self._region is None else self._region.of(total)
 
@@ -119,10 +142,10 @@ class _Gradient:
             if self._columns > 1 and isinstance(found[0], Matrix) and found[0].output_grad.dim() == 2:
                 self._keep(found[0])
             else:
-                found[0].add_to(self._total())
+                found[0].add_to(self.total())
         elif {type(one) for one in found} == {Matrix, Table}:
             matrix, table = sorted(found, key=lambda one: isinstance(one, Table))
-            add_tied(matrix, table, self._total())
+            add_tied(matrix, table, self.total())
         else:
             self._add_dense(parts)
 
@@ -134,7 +157,7 @@ class _Gradient:
 
     def _add_dense(self, parts: list[tuple[Operand, Contribution]]) -> None:
         """Form the per-sample gradients, a few samples at a time."""
-        total = self._total()
+        total = self.total()
         samples = parts[0][1].output_grad.shape[0]
         step = max(1, _BYTES // max(1, total.numel() * total.element_size()))
         for start in range(0, samples, step):
@@ -167,7 +190,7 @@ class _Gradient:
 
 def _fuses(kinds: Sequence[type[Contribution]]) -> bool:
     """Whether uses of these kinds are joined in less memory than an activation takes."""
-    return len(kinds) == 1 or set(kinds) <= {Matrix, Table} or set(kinds) == {Vector}
+    return len(kinds) == 1 or set(kinds) <= {Matrix, Table} or set(kinds) <= {Vector, Normalised}
 
 
 def _overlapping(operands: Mapping[Operand, object]) -> list[list[Operand]]:

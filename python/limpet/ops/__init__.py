@@ -5,6 +5,7 @@ from limpet.ops.fisher import (
     sum_grad_squared_conv,
     sum_grad_squared_embedding,
     sum_grad_squared_linear,
+    sum_grad_squared_norm,
     sum_grad_squared_scale,
 )
 from limpet.ops.gated_lateral import gated_lateral, gated_laterals
@@ -34,6 +35,7 @@ __all__ = [
     "sum_grad_squared_conv",
     "sum_grad_squared_embedding",
     "sum_grad_squared_linear",
+    "sum_grad_squared_norm",
     "sum_grad_squared_scale",
     "unpack_anchor",
     "unpack_importance",

@@ -13,180 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limpet import _checks, _core, _launch, reference
-from limpet.ops._library import LIBRARY, define, serve_by_triton
-
-# --- schemas, reference backend, fakes -------------------------------------------------------------------------------
-
-
-def _adds_into(compute: Any) -> Any:
-    """The in-place form of a reference function: the result is added to the first argument."""
-
-    def default(total: Tensor, *args: Any) -> None:
-        total += compute(*args)
-
-    return default
-
-
-def _fake(*args: Any) -> None:
-    return None
-
-
-for _schema, _reference in (
-    ("linear_(Tensor(a!) total, Tensor output_grad, Tensor input)", reference.sum_grad_squared_linear),
-    (
-        "conv_(Tensor(a!) total, Tensor output_grad, Tensor input, int[] kernel_size, int[] stride, int[] padding, "
-        "int[] dilation, int groups)",
-        reference.sum_grad_squared_conv,
-    ),
-    ("bias_(Tensor(a!) total, Tensor output_grad)", reference.sum_grad_squared_bias),
-    (
-        "scale_(Tensor(a!) total, Tensor output_grad, Tensor input, Tensor? shift=None)",
-        reference.sum_grad_squared_scale,
-    ),
-):
-    define(f"sum_grad_squared_{_schema} -> ()", default=_adds_into(_reference), fake=_fake)
-
-
-def _embedding_default(total: Tensor, output_grad: Tensor, indices: Tensor, padding_idx: int) -> None:
-    total += reference.sum_grad_squared_embedding(output_grad, indices, total.shape[0], padding_idx)
-
-
-define(
-    "sum_grad_squared_embedding_(Tensor(a!) total, Tensor output_grad, Tensor indices, int padding_idx) -> ()",
-    default=_embedding_default,
-    fake=_fake,
-)
-
-_linear = torch.ops.limpet.sum_grad_squared_linear_.default
-_conv = torch.ops.limpet.sum_grad_squared_conv_.default
-_bias = torch.ops.limpet.sum_grad_squared_bias_.default
-_scale = torch.ops.limpet.sum_grad_squared_scale_.default
-_embedding = torch.ops.limpet.sum_grad_squared_embedding_.default
-
-
-# --- GPU -------------------------------------------------------------------------------------------------------------
-
-for _kind, _module in (
-    ("linear", "fisher"),
-    ("conv", "fisher_conv"),
-    ("bias", "fisher_channel"),
-    ("scale", "fisher_channel"),
-    ("embedding", "fisher_embedding"),
-):
-    serve_by_triton(f"sum_grad_squared_{_kind}_", f"limpet.triton_kernels.{_module}")
-
-
-# --- CPU -------------------------------------------------------------------------------------------------------------
-
-
-def _linear_cpu(total: Tensor, output_grad: Tensor, input: Tensor) -> None:
-    samples, places, rows = output_grad.shape
-    sizes = (samples, places, rows, input.shape[2])
-    dtype, threads = _launch.DTYPE_CODES[output_grad.dtype], _launch.threads()
-    workspace = _launch.workspace(_core.linear_workspace(sizes, dtype, threads), total.device)
-    _core.sum_grad_squared_linear(
-        total.data_ptr(),
-        output_grad.data_ptr(),
-        input.data_ptr(),
-        sizes,
-        output_grad.stride(),
-        input.stride(),
-        dtype,
-        workspace.data_ptr(),
-        threads,
-    )
-
-
-def _three(values: Sequence[int], fill: int) -> tuple[int, ...]:
-    """Sizes of 1, 2 or 3 spatial dimensions as those of three."""
-    return (fill,) * (3 - len(values)) + tuple(values)
-
-
-def _batch_and_three(strides: Sequence[int]) -> tuple[int, ...]:
-    """Strides of samples, channels and 1, 2 or 3 spatial dimensions as those of three."""
-    return (*strides[:2], *_three(strides[2:], 0))
-
-
-def _conv_cpu(
-    total: Tensor,
-    output_grad: Tensor,
-    input: Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-) -> None:
-    if output_grad.numel() == 0 or total.numel() == 0:
-        return
-    samples, out_channels, *output_size = output_grad.shape
-    _, in_channels, *input_size = input.shape
-    geometry = (
-        (samples, out_channels, in_channels, groups),
-        _three(output_size, 1),
-        _three(input_size, 1),
-        _three(kernel_size, 1),
-        _three(stride, 1),
-        _three(padding, 0),
-        _three(dilation, 1),
-    )
-    dtype, threads = _launch.DTYPE_CODES[output_grad.dtype], _launch.threads()
-    workspace = _launch.workspace(_core.conv_workspace(*geometry, dtype, threads), total.device)
-    _core.sum_grad_squared_conv(
-        total.data_ptr(),
-        output_grad.data_ptr(),
-        input.data_ptr(),
-        *geometry,
-        _batch_and_three(output_grad.stride()),
-        _batch_and_three(input.stride()),
-        dtype,
-        workspace.data_ptr(),
-        threads,
-    )
-
-
-def _scale_cpu(total: Tensor, output_grad: Tensor, input: Tensor | None = None, shift: Tensor | None = None) -> None:
-    _core.sum_grad_squared_channel(
-        total.data_ptr(),
-        output_grad.data_ptr(),
-        0 if input is None else input.data_ptr(),
-        0 if shift is None else shift.data_ptr(),
-        output_grad.shape,
-        output_grad.stride(),
-        (0, 0, 0, 0) if input is None else input.stride(),
-        _launch.DTYPE_CODES[output_grad.dtype],
-        _launch.threads(),
-    )
-
-
-def _embedding_cpu(total: Tensor, output_grad: Tensor, indices: Tensor, padding_idx: int) -> None:
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < total.shape[0]:
-        raise ValueError(
-            f"indices must be at least 0 and below {total.shape[0]}, got {int(indices.min())} to {int(indices.max())}"
-        )
-    indices = indices.contiguous()
-    _core.sum_grad_squared_embedding(
-        total.data_ptr(),
-        output_grad.data_ptr(),
-        indices.data_ptr(),
-        (*output_grad.shape[:2], *total.shape),
-        padding_idx,
-        output_grad.stride(),
-        _launch.DTYPE_CODES[output_grad.dtype],
-        _launch.threads(),
-    )
-
-
-for _name, _kernel in (
-    ("linear", _linear_cpu),
-    ("conv", _conv_cpu),
-    ("bias", _scale_cpu),
-    ("scale", _scale_cpu),
-    ("embedding", _embedding_cpu),
-):
-    LIBRARY.impl(f"sum_grad_squared_{_name}_", _kernel, "CPU")
-
+from limpet import _checks, reference
+from limpet.ops import _fisher_launch as launch
 
 # --- validation ------------------------------------------------------------------------------------------------------
 
@@ -199,17 +27,17 @@ def _pair(output_grad: Any, input: Any) -> tuple[Tensor, Tensor]:
     return d, x
 
 
-def _total(into: Tensor | None, shape: Sequence[int], like: Tensor) -> Tensor:
+def _total(into: Tensor | None, shape: Sequence[int], like: Tensor, name: str = "into") -> Tensor:
     """The tensor to add to: ``into`` once checked, or zeros."""
     dtype = reference.wide(like.dtype)
     if into is None:
         return torch.zeros(tuple(shape), dtype=dtype, device=like.device)
-    _checks.tensor("into", into)
+    _checks.tensor(name, into)
     if tuple(into.shape) != tuple(shape) or into.dtype != dtype or not into.is_contiguous():
         raise ValueError(
-            f"into must be a contiguous {dtype} tensor of shape {list(shape)}, got {_checks.describe(into)}"
+            f"{name} must be a contiguous {dtype} tensor of shape {list(shape)}, got {_checks.describe(into)}"
         )
-    _checks.same_device("into", into, "output_grad", like)
+    _checks.same_device(name, into, "output_grad", like)
     return into
 
 
@@ -261,8 +89,9 @@ def sum_grad_squared_linear(
     input: Tensor,  # [N, *, I]
     *,
     into: Tensor | None = None,  # [O, I]
+    bias_into: Tensor | None = None,  # [O]
 ) -> Tensor:  # [O, I]
-    r"""Sum over samples of the squared weight gradient of ``y = x W^T``.
+    r"""Sum over samples of the squared weight gradient of ``y = x W^T + b``.
 
     .. math:: S = \sum_n \Big(\sum_t d_{n,t} a_{n,t}^\top\Big)^2
 
@@ -273,6 +102,7 @@ def sum_grad_squared_linear(
         output_grad: ``[N, *, O]``, float32, float64, bfloat16 or float16; any strides. ``*`` may be empty.
         input: ``[N, *, I]`` with the same leading dimensions, dtype and device.
         into: ``[O, I]``, contiguous; the sum is added to it. Narrow inputs are summed in float32.
+        bias_into: ``[O]``, the result's dtype; :func:`sum_grad_squared_bias` is added to it, at less than its price.
 
     Returns:
         ``[O, I]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
@@ -287,6 +117,8 @@ def sum_grad_squared_linear(
     tensor([[37.],
             [ 4.]])
     """
+    if into is not None and launch.added("linear", (into, bias_into), output_grad, input):
+        return into
     d, a = _pair(output_grad, input)
     if d.dim() < 2 or d.shape[:-1] != a.shape[:-1]:
         raise ValueError(
@@ -294,7 +126,10 @@ def sum_grad_squared_linear(
             f"got {list(d.shape)} and {list(a.shape)}"
         )
     total = _total(into, (d.shape[-1], a.shape[-1]), d)
-    _linear(total, _one_place_dim(d), _one_place_dim(a))
+    bias_total = None if bias_into is None else _total(bias_into, d.shape[-1:], d, "bias_into")
+    launch.linear(total, _one_place_dim(d), _one_place_dim(a))
+    if bias_total is not None:
+        launch.bias(bias_total, _channels_last_or_first("output_grad", d, -1))
     return total
 
 
@@ -358,7 +193,7 @@ def sum_grad_squared_conv(
                 f"got {input_size} and padding {pad}"
             )
     total = _total(into, (d.shape[1], x.shape[1] // groups, *kernel), d)
-    _conv(total, d, x, kernel, steps, pads, dilations, groups)
+    launch.conv(total, d, x, kernel, steps, pads, dilations, groups)
     return total
 
 
@@ -385,9 +220,11 @@ def sum_grad_squared_bias(
     >>> sum_grad_squared_bias(torch.tensor([[[1.0], [2.0]], [[3.0], [0.0]]]))
     tensor([18.])
     """
+    if into is not None and channel_dim in (1, -1) and launch.added("bias", (into,), output_grad, channel_dim):
+        return into
     d = _channels_last_or_first("output_grad", _checks.float_tensor("output_grad", output_grad), channel_dim)
     total = _total(into, (d.shape[2],), d)
-    _bias(total, d)
+    launch.bias(total, d)
     return total
 
 
@@ -424,6 +261,12 @@ def sum_grad_squared_scale(
     >>> sum_grad_squared_scale(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]), shift=torch.tensor([1.0, 0.5]))
     tensor([4., 0.])
     """
+    if (
+        into is not None
+        and channel_dim in (1, -1)
+        and launch.added("scale", (into,), output_grad, input, shift, channel_dim)
+    ):
+        return into
     d, x = _pair(output_grad, input)
     if d.shape != x.shape:
         raise ValueError(f"input must have output_grad's shape {list(d.shape)}, got {list(x.shape)}")
@@ -431,7 +274,64 @@ def sum_grad_squared_scale(
     if shift is not None:
         shift = _shift(shift, d).contiguous()
     total = _total(into, (d.shape[2],), d)
-    _scale(total, d, _channels_last_or_first("input", x, channel_dim), shift)
+    launch.scale(total, d, _channels_last_or_first("input", x, channel_dim), shift)
+    return total
+
+
+def sum_grad_squared_norm(
+    output_grad: Tensor,  # [N, *, C]
+    input: Tensor,  # [N, *, C]
+    mean: Tensor,  # [N, *, 1]
+    rstd: Tensor,  # [N, *, 1]
+    *,
+    into: Tensor | None = None,  # [C]
+    bias_into: Tensor | None = None,  # [C]
+) -> Tensor:  # [C]
+    """Sum over samples of the squared gradient of a layer normalisation's factor, ``y = (x - mean) * rstd * w + b``.
+
+    :func:`sum_grad_squared_scale` of the normalised activation, which is not formed for plain tensors on the CPU.
+
+    Args:
+        output_grad: ``[N, *, C]``, any strides.
+        input: what was normalised: the same shape, dtype and device.
+        mean: ``[N, *, 1]``, the result's dtype.
+        rstd: 1 / standard deviation, the same.
+        into: ``[C]``; the sum is added to it.
+        bias_into: ``[C]``, the result's dtype; :func:`sum_grad_squared_bias` is added to it, at less than its price.
+
+    Returns:
+        ``[C]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
+
+    Raises:
+        TypeError: an argument is no floating tensor, or dtypes differ.
+        ValueError: shapes or devices differ.
+
+    >>> mean, rstd = torch.tensor([[1.0]]), torch.tensor([[2.0]])
+    >>> sum_grad_squared_norm(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 0.5]]), mean, rstd)
+    tensor([16.,  4.])
+    """
+    if into is not None and launch.added("norm", (into, bias_into), output_grad, input, mean, rstd):
+        return into
+    d, x = _pair(output_grad, input)
+    if d.dim() < 2 or d.shape != x.shape:
+        raise ValueError(
+            f"output_grad [N, *, C] and input must have the same shape, got {list(d.shape)} and {list(x.shape)}"
+        )
+    dtype = reference.wide(d.dtype)
+    for name, value in (("mean", mean), ("rstd", rstd)):
+        if _checks.float_tensor(name, value).dtype != dtype or value.shape != (*d.shape[:-1], 1):
+            raise ValueError(
+                f"{name} must be a {dtype} tensor of shape {[*d.shape[:-1], 1]}, got {_checks.describe(value)}"
+            )
+        _checks.same_device(name, value, "output_grad", d)
+    total = _total(into, d.shape[-1:], d)
+    bias_total = None if bias_into is None else _total(bias_into, d.shape[-1:], d, "bias_into")
+    normalised = (x.to(dtype) - mean).mul_(rstd)
+    launch.scale(
+        total, _channels_last_or_first("output_grad", d.to(dtype), -1), _channels_last_or_first("", normalised, -1)
+    )
+    if bias_total is not None:
+        launch.bias(bias_total, _channels_last_or_first("output_grad", d, -1))
     return total
 
 
@@ -481,5 +381,5 @@ def sum_grad_squared_embedding(
         raise ValueError(f"padding_idx must be below num_embeddings {num_embeddings}, got {padding_idx}")
     total = _total(into, (num_embeddings, d.shape[-1]), d)
     d = _one_place_dim(d)
-    _embedding(total, d, indices.reshape(d.shape[:2]).long(), row)
+    launch.embedding(total, d, indices.reshape(d.shape[:2]).long(), row)
     return total

@@ -13,6 +13,7 @@ from limpet.reference.fisher import (
     sum_grad_squared_conv,
     sum_grad_squared_embedding,
     sum_grad_squared_linear,
+    sum_grad_squared_norm,
     sum_grad_squared_scale,
 )
 from limpet.reference.gated_lateral import (
@@ -86,6 +87,7 @@ __all__ = [
     "sum_grad_squared_conv",
     "sum_grad_squared_embedding",
     "sum_grad_squared_linear",
+    "sum_grad_squared_norm",
     "sum_grad_squared_scale",
     "unpack_fixed16",
     "unpack_log8",

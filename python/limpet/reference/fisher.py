@@ -77,6 +77,18 @@ def sum_grad_squared_scale(
     return (output_grad.to(dtype) * x).sum(dim=(1, 3)).square().sum(dim=0)
 
 
+def sum_grad_squared_norm(
+    output_grad: Tensor,  # [N, *, C]
+    input: Tensor,  # [N, *, C]
+    mean: Tensor,  # [N, *, 1], the result's dtype
+    rstd: Tensor,  # [N, *, 1], the result's dtype
+) -> Tensor:  # [C]
+    """``sum_n (sum_t d[n,t,:] (x[n,t,:] - mean[n,t]) rstd[n,t])^2`` for the factor of a layer normalisation."""
+    dtype = wide(output_grad.dtype)
+    grads = output_grad.to(dtype) * ((input.to(dtype) - mean) * rstd)
+    return (grads.flatten(1, -2).sum(dim=1) if grads.dim() > 2 else grads).square().sum(dim=0)
+
+
 def sum_grad_squared_embedding(
     output_grad: Tensor,  # [N, T, E]
     indices: Tensor,  # [N, T], int64

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from limpet.fisher.contributions import Contribution, Vector
+from limpet.fisher.contributions import Contribution, Normalised, Vector
 from limpet.fisher.operands import Operand
 from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
 from limpet.reference import wide
@@ -17,7 +17,8 @@ from limpet.reference import wide
 class _Norm(Call):
     """``y = xhat * w + b``; subclasses say what ``xhat`` is."""
 
-    weight_kind, bias_kind = Vector, Vector
+    weight_kind: type[Contribution] = Vector
+    bias_kind = Vector
     autocast = False
 
     def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
@@ -32,6 +33,7 @@ class LayerNorm(_Norm):
     """Mean and variance over the last dimensions, of the weight's shape."""
 
     function = "layer_norm"
+    weight_kind: type[Contribution] = Normalised
 
     def __init__(
         self,
@@ -54,31 +56,33 @@ class LayerNorm(_Norm):
             dy, saved[0], self.shape, *saved[1:], self.w, self.b, (True, False, False)
         )[0]
 
-    def normalised(self, saved: Saved) -> Tensor:
-        """``xhat``."""
-        x, mean, rstd = saved
-        return (x.to(wide(x.dtype)) - mean).mul_(rstd)
-
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = split(dy.flatten(self.lead))
         if self.weight is not None:
-            xhat = self.normalised(saved)
-            yield self.weight, Vector(d.to(xhat.dtype), split(xhat.flatten(self.lead)), -1)
+            yield self.weight, self.factor(d, saved, split)
         if self.bias is not None:
             yield self.bias, Vector(d, None, -1)
+
+    def factor(self, d: Tensor, saved: Saved, split: Split) -> Contribution:  # [N, *, C]
+        """The weight's contribution."""
+        x, mean, rstd = (split(value.flatten(self.lead)) for value in saved)
+        dtype = wide(x.dtype)
+        return Normalised(d, x, mean.to(dtype), rstd.to(dtype))
 
 
 class RMSNorm(LayerNorm):
     """Root of the mean square over the last dimensions."""
 
     function = "rms_norm"
+    weight_kind = Vector
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         return F.rms_norm(x, self.shape, self.w, self.eps), (x,)
 
-    def normalised(self, saved: Saved) -> Tensor:  # noqa: D102
+    def factor(self, d: Tensor, saved: Saved, split: Split) -> Contribution:  # noqa: D102
         x = saved[0].to(wide(saved[0].dtype))
-        return x * self._rstd(x)
+        xhat = x * self._rstd(x)
+        return Vector(d.to(xhat.dtype), split(xhat.flatten(self.lead)), -1)
 
     def _rstd(self, x: Tensor) -> Tensor:  # [*lead, *shape] -> [*lead, 1...]
         return torch.rsqrt(x.square().mean(dim=self._dims(), keepdim=True) + self.eps)
