@@ -79,6 +79,26 @@ def test_linear_with_strides(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear_and_norm_with_their_bias(dtype: torch.dtype) -> None:
+    d, a, x = (torch.randn(7, 30, channels).to(dtype) for channels in (40, 50, 40))
+    mean, rstd = torch.randn(7, 30, 1), torch.rand(7, 30, 1)
+
+    def linear_bias(d: Tensor, a: Tensor) -> Tensor:
+        bias = ops.sum_grad_squared_bias(torch.zeros_like(d))
+        ops.sum_grad_squared_linear(d, a, bias_into=bias)
+        return bias
+
+    def norm_bias(d: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+        bias = ops.sum_grad_squared_bias(torch.zeros_like(d))
+        ops.sum_grad_squared_norm(d, x, mean, rstd, bias_into=bias)
+        return bias
+
+    agrees_with_float64(linear_bias, linear_bias, d, a)
+    agrees_with_float64(norm_bias, norm_bias, d, x, mean, rstd)
+    agrees_with_float64(ops.sum_grad_squared_norm, ops.sum_grad_squared_norm, d, x, mean, rstd)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(4, 100, 300, 200), (200, 1, 300, 200), (300, 40, 128, 64)], ids=str)
 def test_a_measured_tile_gives_the_same_bits(
     sizes: tuple[int, int, int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

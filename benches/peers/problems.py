@@ -158,7 +158,7 @@ MEASURED = {
     ),
     "encoder": Measured(
         "Transformer encoder, 4 layers, d = 256, 64 tokens, batch 16", _encoder,
-        16, 4, 4, tuple(2**i for i in range(7)),
+        16, 4, 4, tuple(2**i for i in range(10)),
     ),
     "gpt2": Measured("GPT-2 small shape, 128 tokens, tied head, batch 4", _gpt2, 4, 2, 1),
 }  # fmt: skip
