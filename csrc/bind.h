@@ -49,7 +49,7 @@ void bind_optim(py::module_& m);
 void bind_reservoir(py::module_& m);
 void bind_keyed(py::module_& m);
 void bind_rows(py::module_& m);
-void bind_plain_sums(py::module_& m);
+void bind_fisher_plain(py::module_& m);
 void bind_gated_lateral(py::module_& m);
 
 }  // namespace limpet

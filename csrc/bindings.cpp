@@ -65,7 +65,7 @@ PYBIND11_MODULE(_core, m) {
   bind_reservoir(m);
   bind_keyed(m);
   bind_rows(m);
-  bind_plain_sums(m);
+  bind_fisher_plain(m);
   bind_gated_lateral(m);
 }
 

@@ -229,3 +229,26 @@ def test_layers_in_a_model_take_it(monkeypatch):
     model = nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 4, bias=False))
     limpet.diagonal_fisher(model, [(torch.randn(8, 6), torch.randint(4, (8,)))])
     assert calls == [False, True, True]
+
+
+class Gaps(nn.Module):
+    """Biases, and a normalisation's factor, that are views of parameters with gaps between their elements."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 5)), nn.Parameter(torch.randn(6))
+        self.factor, self.shift = nn.Parameter(torch.randn(10)), nn.Parameter(torch.randn(10))
+
+    def forward(self, x):
+        x = nn.functional.layer_norm(x, (5,), self.factor[::2], self.shift[::2])
+        return nn.functional.linear(x, self.weight, self.bias[::2])
+
+
+def test_views_with_gaps_are_added_apart():
+    model, x, y = Gaps().double(), torch.randn(8, 5, dtype=torch.float64), torch.randint(3, (8,))
+    fisher = limpet.diagonal_fisher(model, [(x, y)])
+    assert set(fisher.routes.values()) == {"fused"}
+    for name, p in model.named_parameters():
+        losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+        grads = [torch.autograd.grad(loss, p, retain_graph=True)[0] for loss in losses]
+        assert_close(fisher[name], torch.stack(grads).square().mean(0))

@@ -121,7 +121,9 @@ def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  
     losses = objective(outputs, batch)
     with torch._C.DisableTorchFunction():
         if not isfinite(float(losses.detach().sum())):
-            for n, k in torch.isfinite(losses.detach()).logical_not().nonzero().tolist():
+            bad = torch.isfinite(losses.detach()).logical_not().nonzero().tolist()
+            if bad:  # a sum of finite losses may be infinite
+                n, k = bad[0]
                 raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
     return losses
 

@@ -49,13 +49,14 @@ class Matrix(NamedTuple):
     output_grad: Tensor  # [N, *, O]
     input: Tensor  # [N, *, I]
 
-    def add_to(self, total: Tensor, bias_total: Tensor | None = None) -> None:
-        """As for every use; and for the bias that is added at the output, in one go."""
+    def add_with_bias(self, total: Tensor, bias_total: Tensor) -> None:
+        """As :meth:`add_to`, and for the bias that is added at the output, in one go; both totals contiguous."""
+        ops.sum_grad_squared_linear(self.output_grad, self.input, into=total, bias_into=bias_total)
+
+    def add_to(self, total: Tensor) -> None:  # noqa: D102
         if total.is_contiguous():
-            ops.sum_grad_squared_linear(self.output_grad, self.input, into=total, bias_into=bias_total)
+            ops.sum_grad_squared_linear(self.output_grad, self.input, into=total)
         else:
-            if bias_total is not None:
-                ops.sum_grad_squared_bias(self.output_grad, into=bias_total)
             _add(total.t(), lambda into: ops.sum_grad_squared_linear(self.input, self.output_grad, into=into))
 
     def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102
@@ -169,14 +170,14 @@ class Normalised(NamedTuple):
     mean: Tensor  # [N, *, 1]
     rstd: Tensor  # [N, *, 1]
 
-    def add_to(self, total: Tensor, bias_total: Tensor | None = None) -> None:
-        """As for every use; and for the bias that is added at the output, in one go."""
+    def add_with_bias(self, total: Tensor, bias_total: Tensor) -> None:
+        """As :meth:`add_to`, and for the bias that is added at the output, in one go; both totals contiguous."""
+        ops.sum_grad_squared_norm(*self, into=total.view(-1), bias_into=bias_total.view(-1))
+
+    def add_to(self, total: Tensor) -> None:  # noqa: D102
         if total.is_contiguous():
-            bias = None if bias_total is None else bias_total.view(-1)
-            ops.sum_grad_squared_norm(*self, into=total.view(-1), bias_into=bias)
+            ops.sum_grad_squared_norm(*self, into=total.view(-1))
         else:
-            if bias_total is not None:
-                ops.sum_grad_squared_bias(self.output_grad, into=bias_total.view(-1))
             total += ops.sum_grad_squared_norm(*self).view(total.shape)
 
     def per_sample(self, samples: slice, shape: Sequence[int]) -> Tensor:  # noqa: D102

@@ -79,7 +79,10 @@ class Uses:
         (of_weight,), (of_bias,) = gradients
         if not (of_weight.alone and of_bias.alone):
             return False
-        factor.add_to(of_weight.total(), of_bias.total())
+        total, bias_total = of_weight.total(), of_bias.total()
+        if not (total.is_contiguous() and bias_total.is_contiguous()):  # views of a parameter may have gaps
+            return False
+        factor.add_with_bias(total, bias_total)
         return True
 
     def finish(self, last: bool) -> None:

@@ -6,6 +6,7 @@ convolution with a kernel of 1.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ _FIRST_ALPHA = 0.1  # scalars begin uniform below it
 _FIRST_GATE_BIAS = 2.0  # sigmoid(2) = 0.88: a column begins with its own features
 
 
-class Lateral(nn.Module):
+class Lateral(nn.Module, ABC):
     """Brings the features of earlier columns into a point's output.
 
     Attributes:
@@ -43,9 +44,9 @@ class Lateral(nn.Module):
         del self.sources[str(column)]
         self.columns.remove(column)
 
+    @abstractmethod
     def forward(self, output: Tensor, features: Sequence[Tensor]) -> Tensor:
         """The point's output with what crosses over; ``features`` are those of :attr:`columns`, in their order."""
-        raise NotImplementedError
 
 
 class Adapter(Lateral):

@@ -84,18 +84,9 @@ class PlainSums {
     if (!operand(output_grad, &d) || !operand(input, &x) || d.ndim < 2 || d.ndim != x.ndim ||
         !same_sizes(d, x, d.ndim - 1) || !(d.dtype == x.dtype) || !code_of(d.dtype, &args.dtype))
       return false;
-    std::int64_t x_places;
-    const int last = d.ndim - 1;
-    if (!merged(d, 1, last, &args.places, &args.output_grad_strides[1]) ||
-        !merged(x, 1, last, &x_places, &args.input_strides[1]))
+    if (!by_places(d, &args.samples, &args.places, &args.rows, args.output_grad_strides) ||
+        !by_places(x, &args.samples, &args.places, &args.columns, args.input_strides))
       return false;
-    args.samples = d.shape[0];
-    args.rows = d.shape[last];
-    args.columns = x.shape[last];
-    for (int k : {0, last}) {
-      args.output_grad_strides[k == 0 ? 0 : 2] = d.strides[k];
-      args.input_strides[k == 0 ? 0 : 2] = x.strides[k];
-    }
     const std::int64_t sizes[] = {args.rows, args.columns};
     if (!sum(total, args.dtype, sizes, 2, &args.total) ||
         (!bias_total.is_none() && !sum(bias_total, args.dtype, sizes, 1, &args.bias_total)))
@@ -131,18 +122,15 @@ class PlainSums {
         m.shape[d.ndim - 1] != 1 || !(d.dtype == x.dtype) || !code_of(d.dtype, &args.dtype) ||
         !is_float(m.dtype, args.dtype == Dtype::f64 ? 64 : 32) || !(m.dtype == r.dtype))
       return false;
-    const int last = d.ndim - 1;
-    std::int64_t sizes[4], strides[4];
-    if (!canonical(x, last, sizes, strides) || (sizes[2] > 1 && strides[2] != 1)) return false;
-    std::copy(strides, strides + 2, args.input_strides);
-    if (!canonical(d, last, sizes, strides) || (sizes[2] > 1 && strides[2] != 1)) return false;
-    std::copy(strides, strides + 2, args.output_grad_strides);
-    args.samples = sizes[0];
-    args.places = sizes[1];
-    args.channels = sizes[2];
-    if (!canonical(r, last, sizes, strides)) return false;
-    std::copy(strides, strides + 2, args.mean_strides);
-    if (!canonical(m, last, sizes, strides) || !std::equal(strides, strides + 2, args.mean_strides)) return false;
+    std::int64_t ds[3], xs[3], ms[3], rs[3], one;
+    if (!by_places(d, &args.samples, &args.places, &args.channels, ds) ||
+        !by_places(x, &args.samples, &args.places, &args.channels, xs) ||
+        !by_places(m, &args.samples, &args.places, &one, ms) || !by_places(r, &args.samples, &args.places, &one, rs))
+      return false;
+    if ((args.channels > 1 && (ds[2] != 1 || xs[2] != 1)) || !std::equal(ms, ms + 2, rs)) return false;
+    std::copy(ds, ds + 2, args.output_grad_strides);
+    std::copy(xs, xs + 2, args.input_strides);
+    std::copy(ms, ms + 2, args.mean_strides);
     if (!sum(total, args.dtype, &args.channels, 1, &args.total) ||
         (!bias_total.is_none() && !sum(bias_total, args.dtype, &args.channels, 1, &args.bias_total)))
       return false;
@@ -206,6 +194,17 @@ class PlainSums {
     return true;
   }
 
+  // [N, *, C] as [N, T, C].
+  static bool by_places(const dlpack::Tensor& tensor, std::int64_t* samples, std::int64_t* places,
+                        std::int64_t* channels, std::int64_t* strides) {
+    const int last = tensor.ndim - 1;
+    *samples = tensor.shape[0];
+    *channels = tensor.shape[last];
+    strides[0] = tensor.strides[0];
+    strides[2] = tensor.strides[last];
+    return merged(tensor, 1, last, places, &strides[1]);
+  }
+
   // As [N, A, C, B].
   static bool canonical(const dlpack::Tensor& tensor, int channels, std::int64_t* sizes, std::int64_t* strides) {
     sizes[0] = tensor.shape[0];
@@ -230,7 +229,7 @@ class PlainSums {
 
 }  // namespace
 
-void bind_plain_sums(py::module_& m) {
+void bind_fisher_plain(py::module_& m) {
   py::class_<PlainSums>(m, "PlainSums")
       .def(py::init<const py::capsule&, py::type>())
       .def("linear", &PlainSums::linear)
