@@ -85,7 +85,8 @@ class PlainSums {
         !same_sizes(d, x, d.ndim - 1) || !(d.dtype == x.dtype) || !code_of(d.dtype, &args.dtype))
       return false;
     if (!by_places(d, &args.samples, &args.places, &args.rows, args.output_grad_strides) ||
-        !by_places(x, &args.samples, &args.places, &args.columns, args.input_strides))
+        !by_places(x, &args.samples, &args.places, &args.columns, args.input_strides) ||
+        args.columns == 0)  // without a tile the kernel does not see a bias
       return false;
     const std::int64_t sizes[] = {args.rows, args.columns};
     if (!sum(total, args.dtype, sizes, 2, &args.total) ||

@@ -44,7 +44,16 @@ def test_linear_with_bias(shape, dtype, way):
 
 # More rows or columns than are shared at a time, samples that are cut into segments, and nothing at all.
 @pytest.mark.parametrize(
-    "shape", [(3, 5, 2100, 9), (3, 5, 9, 2100), (2, 2500, 13, 70), (2, 2500, 70, 13), (600, 1, 7, 70), (0, 3, 4, 5)]
+    "shape",
+    [
+        (3, 5, 2100, 9),
+        (3, 5, 9, 2100),
+        (2, 2500, 13, 70),
+        (2, 2500, 70, 13),
+        (600, 1, 7, 70),
+        (0, 3, 4, 5),
+        (4, 3, 1, 0),
+    ],
 )
 def test_linear_with_bias_in_pieces(shape):
     samples, places, rows, columns = shape

@@ -315,7 +315,8 @@ def sum_grad_squared_norm(
     d, x = _pair(output_grad, input)
     if d.dim() < 2 or d.shape != x.shape:
         raise ValueError(
-            f"output_grad [N, *, C] and input must have the same shape, got {list(d.shape)} and {list(x.shape)}"
+            "output_grad [N, *, C] and input must have the same shape, of 2 dimensions or more, "
+            f"got {list(d.shape)} and {list(x.shape)}"
         )
     dtype = reference.wide(d.dtype)
     for name, value in (("mean", mean), ("rstd", rstd)):
