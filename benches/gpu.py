@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,78 +23,16 @@ import triton
 
 import limpet
 from gpu_report import Cell, Report, Table
+from gpu_timing import Run, compiled_milliseconds, copy_bandwidth, kernel_launches, matrix_rate, milliseconds
 from limpet import ops, reference
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from cases import MLP, RESNET18, Case
-from op_cases import GPT2_SHAPES, LINEAR_TIMED, RESNET18_SHAPES
+from gpu_fisher import contraction, whole_models
+from op_cases import GPT2_SHAPES, RESNET18_SHAPES
 
-Run = Callable[[], object]
+Planned = tuple[Table, list[Callable[[], list[Cell]]]]  # a table, and what makes each of its rows
 
 MODELS = {"one tensor, 50M": [(50_000_000,)], "GPT-2": GPT2_SHAPES, "ResNet-18": RESNET18_SHAPES}
-
-
-def milliseconds(runs: dict[str, Run], *, rounds: int = 15, graph_calls: int = 10) -> dict[str, float]:
-    """The median time of one call of each; ``graph_calls`` of them are captured and replayed, 0 calls them directly."""
-    replays: dict[str, Run] = {}
-    for name, run in runs.items():
-        for _ in range(3):
-            run()
-        if graph_calls:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                for _ in range(graph_calls):
-                    run()
-            replays[name] = graph.replay
-        else:
-            replays[name] = run
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(rounds + 2):  # two to warm up
-        for name, replay in replays.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            replay()
-            end.record()
-            end.synchronize()
-            if turn >= 2:
-                times[name].append(start.elapsed_time(end) / max(graph_calls, 1))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def kernel_launches(run: Run) -> int:
-    """Kernels, copies and fills that one call puts on the device."""
-    run()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profile.key_averages() if event.self_device_time_total > 0)
-
-
-def copy_bandwidth() -> float:
-    """Bytes per second of a device-to-device copy of 2 GiB, bytes read plus bytes written."""
-    source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    time_ms = milliseconds({"copy": lambda: target.copy_(source)}, graph_calls=1)["copy"]
-    return 2 * source.numel() / (time_ms * 1e-3)
-
-
-def matrix_rate(dtype: torch.dtype) -> float:
-    """Operations per second of a large square matrix product on random data."""
-    size = 4096 if dtype == torch.float32 else 8192
-    a, b = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    time_ms = milliseconds({"product": lambda: a @ b}, graph_calls=1)["product"]
-    return 2 * size**3 / (time_ms * 1e-3)
-
-
-def compiled_milliseconds(function: Callable[..., object], *arguments: object) -> float | None:
-    """The time of ``torch.compile(function)``, or ``None`` where it does not compile."""
-    compiled = torch.compile(function)
-    try:
-        return milliseconds({"compiled": lambda: compiled(*arguments)}, rounds=9)["compiled"]
-    except Exception as error:
-        print(f"torch.compile({function.__name__}): {error}", file=sys.stderr)
-        return None
 
 
 # --- quadratic -------------------------------------------------------------------------------------------------------
@@ -127,12 +66,12 @@ def quadratic_row(name: str, shapes: list[tuple[int, ...]], bandwidth: float) ->
     return [name, len(params), numel, ours_ms, share, launches, direct["ours"], direct["loop"], compiled_ms]
 
 
-def quadratic(bandwidth: float) -> Table:
+def quadratic(bandwidth: float) -> Planned:
     """Penalty and gradient in one pass, as a share of the measured copy bandwidth."""
     columns = ["model", "tensors", "parameters", "ms", "share of copy bandwidth", "launches"]
     columns += ["called from Python ms", "Python loop ms", "torch.compile(reference) ms"]
-    rows = [quadratic_row(name, shapes, bandwidth) for name, shapes in MODELS.items()]
-    return Table("Quadratic penalty and gradient, float32, 20 bytes a parameter", columns, rows)
+    table = Table("Quadratic penalty and gradient, float32, 20 bytes a parameter", columns)
+    return table, [partial(quadratic_row, name, shapes, bandwidth) for name, shapes in MODELS.items()]
 
 
 # --- path integral ---------------------------------------------------------------------------------------------------
@@ -169,64 +108,12 @@ def path_integral_row(name: str, shapes: list[tuple[int, ...]], bandwidth: float
     return [name, len(params), numel, times["ours"], share, kernel_launches(ours), direct, times["step"], *ratios]
 
 
-def path_integral(bandwidth: float) -> Table:
+def path_integral(bandwidth: float) -> Planned:
     """The path integral's pass as a share of the measured copy bandwidth, and beside the step it follows."""
     columns = ["model", "tensors", "parameters", "ms", "share of copy bandwidth", "launches", "called from Python ms"]
     columns += ["AdamW(fused) ms", "AdamW and ours / AdamW", "AdamW and foreach / AdamW"]
-    rows = [path_integral_row(name, shapes, bandwidth) for name, shapes in MODELS.items()]
-    return Table("Path integral, float32, 24 bytes a parameter", columns, rows)
-
-
-# --- fisher ----------------------------------------------------------------------------------------------------------
-
-
-def contraction_row(sizes: tuple[int, int, int, int], dtype: torch.dtype, rate: float, deadline: float) -> list[Cell]:
-    """One shape: ours, the plain product, the reference, and the reference compiled."""
-    n, t, o, i = sizes
-    d, a = torch.randn(n, t, o, device="cuda").to(dtype), torch.randn(n, t, i, device="cuda").to(dtype)
-    flat_d, flat_a, total = d.flatten(0, 1), a.flatten(0, 1), torch.zeros(o, i, device="cuda")
-    times = milliseconds(
-        {
-            "ours": lambda: ops.sum_grad_squared_linear(d, a, into=total),
-            "plain": lambda: flat_d.T @ flat_a,
-            "reference": lambda: reference.sum_grad_squared_linear(d, a),
-        }
-    )
-    compiled_ms = None
-    if time.monotonic() < deadline and n <= 32:  # the compiled graph has a node for each sample
-        compiled_ms = compiled_milliseconds(reference.sum_grad_squared_linear, d, a)
-    share = 2 * n * t * o * i / (times["ours"] * 1e-3) / rate
-    ratio = times["ours"] / times["plain"]
-    return [", ".join(map(str, sizes)), times["ours"], times["plain"], ratio, share, times["reference"], compiled_ms]
-
-
-def contraction(dtype: torch.dtype, rate: float, deadline: float) -> Table:
-    """``sum_n (sum_t d a^T)^2`` beside the plain product ``d^T a`` of the same shape and precision."""
-    columns = ["N, T, O, I", "ms", "plain product ms", "ratio", "share of matrix rate"]
-    columns += ["reference ms", "torch.compile(reference) ms"]
-    rows = [contraction_row(sizes, dtype, rate, deadline) for sizes in LINEAR_TIMED]
-    return Table(f"Fisher contraction, {dtype}", columns, rows)
-
-
-def whole_model_row(case: Case, batch: int) -> list[Cell]:
-    """One model: ``diagonal_fisher`` on a batch, and an ordinary forward and backward pass."""
-    model = case.make_model().cuda().eval()
-    inputs, targets = (tensor.cuda() for tensor in case.make_batch(batch))
-
-    def ordinary() -> None:
-        model.zero_grad()
-        torch.nn.functional.cross_entropy(model(inputs), targets).backward()
-
-    runs = {"ours": lambda: limpet.diagonal_fisher(model, [(inputs, targets)]), "ordinary": ordinary}
-    times = milliseconds(runs, rounds=20, graph_calls=0)
-    return [case.name, batch, times["ours"], times["ordinary"], times["ours"] / times["ordinary"]]
-
-
-def whole_models() -> Table:
-    """``diagonal_fisher`` beside one ordinary pass, Python's time and the first batch's probing included."""
-    columns = ["model", "batch", "ms", "ordinary pass ms", "ratio"]
-    rows = [whole_model_row(MLP, 128), whole_model_row(RESNET18, 64)]
-    return Table("diagonal_fisher beside one ordinary pass, float32", columns, rows)
+    table = Table("Path integral, float32, 24 bytes a parameter", columns)
+    return table, [partial(path_integral_row, name, shapes, bandwidth) for name, shapes in MODELS.items()]
 
 
 # --- gated lateral ---------------------------------------------------------------------------------------------------
@@ -265,13 +152,13 @@ def gated_lateral_row(batch: int, width: int, dtype: torch.dtype, deadline: floa
     return [str(dtype)[6:], *row]
 
 
-def gated_lateral(deadline: float) -> Table:
+def gated_lateral(deadline: float) -> Planned:
     """Forward and backward beside the three bare products of the same shape and precision."""
     columns = ["dtype", "B x H", "ms", "products ms", "ratio", "at most", "eager (lerp) ms", "torch.compile(eager) ms"]
     shapes = [(4096, 4096), (4096, 512)]
     dtypes = (torch.bfloat16, torch.float32)
-    rows = [gated_lateral_row(*shape, dtype, deadline) for dtype in dtypes for shape in shapes]
-    return Table("Gated lateral, forward and backward, beside its three products", columns, rows)
+    table = Table("Gated lateral, forward and backward, beside its three products", columns)
+    return table, [partial(gated_lateral_row, *shape, dtype, deadline) for dtype in dtypes for shape in shapes]
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -295,7 +182,7 @@ def machine() -> dict[str, Cell]:
 
 
 def main() -> None:
-    """Run every bench and write ``gpu.json`` and ``gpu.md``, anew after each table."""
+    """Run every bench and write ``gpu.json`` and ``gpu.md``, anew after each row."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True, help="folder for gpu.json and gpu.md")
     parser.add_argument("--seconds", type=float, default=150.0, help="start no compilation of a reference after these")
@@ -313,17 +200,19 @@ def main() -> None:
     ceilings.rows += [[f"matrix product, {dtype}, TFLOP/s", rate / 1e12] for dtype, rate in rates.items()]
     report.tables.append(ceilings)
 
-    tables: list[Callable[[], Table]] = [lambda: quadratic(bandwidth), lambda: path_integral(bandwidth), whole_models]
-    tables.append(lambda: gated_lateral(deadline))
-    tables += [lambda dtype=dtype, rate=rate: contraction(dtype, rate, deadline) for dtype, rate in rates.items()]
-    failures = []
-    for table in tables:
-        try:
-            report.tables.append(table())
-        except Exception as error:  # the other tables are still worth having
-            failures.append(f"{type(error).__name__}: {error}")
-            print(failures[-1], file=sys.stderr)
-        report.write(arguments.results, "gpu")
+    planned = [whole_models(), quadratic(bandwidth), path_integral(bandwidth), gated_lateral(deadline)]
+    planned += [contraction(dtype, rate, deadline) for dtype, rate in rates.items()]
+    failures = 0
+    for table, rows in planned:
+        report.tables.append(table)
+        for row in rows:
+            try:
+                table.rows.append(row())
+            except Exception:  # the other rows are still worth having
+                failures += 1
+                traceback.print_exc()
+            torch.cuda.empty_cache()
+            report.write(arguments.results, "gpu")
     print(report.markdown())
     if failures:
         sys.exit(1)

@@ -15,9 +15,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TextIO
 
 from gpu_report import Report, Table
@@ -43,8 +45,8 @@ class Step:
     environment: dict[str, str]
 
 
-def steps(results: Path) -> list[Step]:
-    """What is to be done, in order."""
+def phases(results: Path) -> list[list[Step]]:
+    """What is to be done: one phase after the other, the steps of a phase at once."""
     device = "import torch; print(torch.cuda.get_device_properties(0)); torch.ones(3, device='cuda').sum().item()"
     build = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--upgrade"]
     build += ["--target", str(SITE), "-C", "cmake.define.LIMPET_CUDA=ON"]
@@ -53,34 +55,55 @@ def steps(results: Path) -> list[Step]:
     check = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
     parallel = ["-n", "8"] if find_spec("xdist") else []
     return [
-        Step("device answers", [sys.executable, "-c", device], 60, {}),
-        Step("versions", ["nvcc", "--version"], 10, {}),
-        Step("build with CUDA", build, 150, {}),
-        Step("GPU tests", [*GPU_TESTS, *GPU_FILES, "--durations", "5"], 240, {}),
-        Step("GPU benches", [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "60"], 150, {}),
-        Step("memcheck", [*check, "--tool", "memcheck", *SANITIZED], 100, uncached),
-        Step("racecheck", [*check, "--tool", "racecheck", *SANITIZED, "-x"], 60, uncached),
-        Step("CPU tests", [*PYTEST, *parallel, "-m", "not slow and not gpu", "tests"], 90, {}),
+        [Step("device answers", [sys.executable, "-c", device], 60, {})],
+        [Step("versions", ["nvcc", "--version"], 10, {})],
+        [Step("build with CUDA", build, 150, {})],
+        [Step("GPU tests", [*GPU_TESTS, *parallel, *GPU_FILES, "--durations", "5"], 240, {})],
+        [
+            Step(
+                "GPU benches", [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "40"], 150, {}
+            )
+        ],
+        [
+            Step("memcheck", [*check, "--tool", "memcheck", *SANITIZED], 100, uncached),
+            Step("racecheck", [*check, "--tool", "racecheck", *SANITIZED, "-x"], 100, uncached),
+            Step(
+                "CPU tests", [*PYTEST, *parallel, "-m", "not slow and not gpu", "tests"], 100, {"OMP_NUM_THREADS": "1"}
+            ),
+        ],
     ]
 
 
-def run(step: Step, seconds: float, log: TextIO) -> str:
-    """Run a step with its output in the log; returns ``passed``, ``failed (status)``, ``absent`` or ``out of time``."""
-    log.write(f"\n=== {step.name}: {' '.join(step.command)}\n")
-    log.flush()
-    if shutil.which(step.command[0]) is None:
-        return "absent"
-    environment = os.environ | {"PYTHONPATH": str(SITE), "PYTHONDONTWRITEBYTECODE": "1"} | step.environment
-    process = subprocess.Popen(
-        step.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-    )
-    try:
-        status = process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        return "out of time"
-    return "passed" if status == 0 else f"failed ({status})"
+def run(phase: Sequence[Step], seconds: float, log: TextIO) -> list[tuple[str, float]]:
+    """Run steps at once, their output in the log one after the other.
+
+    Returns, for each, ``passed``, ``failed (status)``, ``absent`` or ``out of time``, and its seconds.
+    """
+    with ThreadPoolExecutor(len(phase)) as pool, TemporaryDirectory() as folder:
+        outputs = [Path(folder) / str(number) for number in range(len(phase))]
+        found = list(pool.map(lambda step, output: _run_one(step, min(step.seconds, seconds), output), phase, outputs))
+        for step, output in zip(phase, outputs, strict=True):
+            log.write(f"\n=== {step.name}: {' '.join(step.command)}\n{output.read_text(errors='replace')}")
+        log.flush()
+    return found
+
+
+def _run_one(step: Step, seconds: float, output: Path) -> tuple[str, float]:
+    start = time.monotonic()
+    with open(output, "w") as file:
+        if shutil.which(step.command[0]) is None:
+            return "absent", 0.0
+        environment = os.environ | {"PYTHONPATH": str(SITE), "PYTHONDONTWRITEBYTECODE": "1"} | step.environment
+        process = subprocess.Popen(
+            step.command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            return "out of time", time.monotonic() - start
+    return "passed" if status == 0 else f"failed ({status})", time.monotonic() - start
 
 
 def main() -> None:
@@ -99,12 +122,12 @@ def main() -> None:
     table = Table("Steps", ["step", "outcome", "seconds"])
     report = Report("GPU check", {"commit": commit or None, "python": sys.version.split()[0]}, [table])
     with open(results / "gpu-check.log", "w") as log:
-        for step in steps(results):
-            start = time.monotonic()
-            left = deadline - start
-            outcome = run(step, min(step.seconds, left), log) if left > 5 else "out of time"
-            table.rows.append([step.name, outcome, time.monotonic() - start])
-            print(f"{step.name}: {outcome}", flush=True)
+        for phase in phases(results):
+            left = deadline - time.monotonic()
+            found = run(phase, left, log) if left > 5 else [("out of time", 0.0)] * len(phase)
+            for step, (outcome, seconds) in zip(phase, found, strict=True):
+                table.rows.append([step.name, outcome, seconds])
+                print(f"{step.name}: {outcome}", flush=True)
             report.write(results, "gpu-check")
     # compute-sanitizer comes in a package of its own; every other step must pass.
     accepted = {"memcheck": ("passed", "absent"), "racecheck": ("passed", "absent")}

@@ -38,8 +38,13 @@ def test_outcome_of_a_step(code: str, outcome: str, tmp_path: Path) -> None:
     from gpu_check import Step, run
 
     with open(tmp_path / "log", "w") as log:
-        assert run(Step("step", [sys.executable, "-c", code], 10, {}), 1.5 if "True" in code else 10, log) == outcome
-        assert run(Step("step", ["no-such-program"], 10, {}), 10, log) == "absent"
+        steps = [Step("step", [sys.executable, "-c", code], 10, {}), Step("other", ["no-such-program"], 10, {})]
+        found = run(steps, 1.5 if "True" in code else 10, log)
+    assert [told for told, _ in found] == [outcome, "absent"]
+    assert [line[:8] for line in (tmp_path / "log").read_text().splitlines() if line[:3] == "==="] == [
+        "=== step",
+        "=== othe",
+    ]
 
 
 def test_benches_refuse_a_machine_without_a_gpu(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def lengths(n: int, longest: int = LENGTH) -> Tensor:  # [n], from 1 to `longest
 
 
 def padding(counts: Tensor, longest: int) -> Tensor:  # [n] -> [n, longest], True beyond the end
-    return torch.arange(longest) >= counts[:, None]
+    return torch.arange(longest, device=counts.device) >= counts[:, None]
 
 
 def token_loss(logits: Tensor, labels: Tensor) -> Tensor:  # [N, T, V], [N, T] with -100 where nothing is asked -> [N]

@@ -138,7 +138,7 @@ def grouped(m: Net, x: Tensor) -> Tensor:
 
 def rotary(m: Net, x: Tensor) -> Tensor:
     """Rotary positions and a gated MLP, as in Llama."""
-    angles = torch.arange(x.shape[1])[:, None] * x.new_tensor([1.0, 0.1])
+    angles = torch.arange(x.shape[1], device=x.device)[:, None] * x.new_tensor([1.0, 0.1])
     cos, sin = angles.cos().repeat(1, 2), angles.sin().repeat(1, 2)
 
     def turn(t: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def words(m: Net, ids: Tensor) -> Tensor:
 
 
 def words_with_offsets(m: Net, ids: Tensor) -> Tensor:
-    return m.head(torch.tanh(m.bag(ids.flatten(), torch.arange(0, ids.numel(), ids.shape[1]))))
+    return m.head(torch.tanh(m.bag(ids.flatten(), torch.arange(0, ids.numel(), ids.shape[1], device=ids.device))))
 
 
 def ragged_words(m: Net, ids: Tensor, counts: Tensor) -> Tensor:

@@ -39,7 +39,10 @@ def packed(
     def forward(m: Net, x: Tensor, counts: Tensor) -> Tensor:
         x = m.first(x)
         rows = pack_padded_sequence(
-            x if batch_first else x.transpose(0, 1), counts, batch_first=batch_first, enforce_sorted=enforce_sorted
+            x if batch_first else x.transpose(0, 1),
+            counts.cpu(),
+            batch_first=batch_first,
+            enforce_sorted=enforce_sorted,
         )
         outputs, hidden = m.rnn(rows)
         padded, _ = pad_packed_sequence(outputs, batch_first=batch_first)
@@ -73,20 +76,20 @@ def packed_features(m: Net, x: Tensor, counts: Tensor) -> Tensor:
 
 def sorted_by_hand(m: Net, x: Tensor, counts: Tensor) -> Tensor:
     counts, order = counts.sort(descending=True)
-    _, hidden = m.rnn(pack_padded_sequence(x[order], counts, batch_first=True))
+    _, hidden = m.rnn(pack_padded_sequence(x[order], counts.cpu(), batch_first=True))
     return m.head(last(hidden)[order.argsort()])
 
 
 def sorted_by_python(m: Net, x: Tensor, counts: Tensor) -> Tensor:
     """An order that cannot be followed."""
     order = sorted(range(len(x)), key=counts.tolist().__getitem__, reverse=True)
-    _, hidden = m.rnn(pack_padded_sequence(x[order], counts[order], batch_first=True))
+    _, hidden = m.rnn(pack_padded_sequence(x[order], counts[order].cpu(), batch_first=True))
     return m.head(last(hidden)[torch.tensor(order).argsort()])
 
 
 def linear_on_packed(m: Net, x: Tensor, counts: Tensor) -> Tensor:
     """A linear layer on the packed rows, which lie by time and not by sample."""
-    rows = pack_padded_sequence(x, counts, batch_first=True, enforce_sorted=False)
+    rows = pack_padded_sequence(x, counts.cpu(), batch_first=True, enforce_sorted=False)
     padded, _ = pad_packed_sequence(rows._replace(data=torch.tanh(m.first(rows.data))), batch_first=True)
     return m.head(padded.sum(dim=1))
 
@@ -94,7 +97,7 @@ def linear_on_packed(m: Net, x: Tensor, counts: Tensor) -> Tensor:
 def padded_to_the_longest(m: Net, x: Tensor, counts: Tensor) -> Tensor:
     """The sequences cut to their lengths, and padded to the longest of the batch."""
     rows = pad_sequence([row[:count] for row, count in zip(x, counts.tolist(), strict=True)], batch_first=True)
-    h = torch.tanh(m.first(rows)) * (torch.arange(rows.shape[1]) < counts[:, None])[..., None]
+    h = torch.tanh(m.first(rows)) * (torch.arange(rows.shape[1], device=x.device) < counts[:, None])[..., None]
     return m.head(h.sum(dim=1))
 
 
