@@ -26,7 +26,7 @@ from gpu_report import Report, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-q"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-q"]
 GPU_TESTS = [*PYTEST, "-m", "gpu"]
 GPU_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
 # Without torch's caching allocator every tensor is an allocation of its own, and a read past its end is seen. float32
@@ -54,22 +54,19 @@ def phases(results: Path) -> list[list[Step]]:
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     check = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
     parallel = ["-n", "8"] if find_spec("xdist") else []
+    gpu_tests = [*GPU_TESTS, *parallel, *GPU_FILES, "--durations", "5"]
+    cpu_tests = [*PYTEST, *parallel, "-m", "not slow and not gpu", "tests"]
+    benches = [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "40"]
     return [
         [Step("device answers", [sys.executable, "-c", device], 60, {})],
         [Step("versions", ["nvcc", "--version"], 10, {})],
         [Step("build with CUDA", build, 150, {})],
-        [Step("GPU tests", [*GPU_TESTS, *parallel, *GPU_FILES, "--durations", "5"], 240, {})],
-        [
-            Step(
-                "GPU benches", [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "40"], 150, {}
-            )
-        ],
+        [Step("GPU tests", gpu_tests, 240, {})],
+        [Step("GPU benches", benches, 150, {})],
         [
             Step("memcheck", [*check, "--tool", "memcheck", *SANITIZED], 100, uncached),
             Step("racecheck", [*check, "--tool", "racecheck", *SANITIZED, "-x"], 100, uncached),
-            Step(
-                "CPU tests", [*PYTEST, *parallel, "-m", "not slow and not gpu", "tests"], 100, {"OMP_NUM_THREADS": "1"}
-            ),
+            Step("CPU tests", cpu_tests, 100, {"OMP_NUM_THREADS": "1"}),
         ],
     ]
 

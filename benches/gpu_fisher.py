@@ -17,7 +17,7 @@ import limpet
 from gpu_report import Cell, Table
 from gpu_timing import Run, compiled_milliseconds, milliseconds
 from limpet import ops, reference
-from peers.problems import GPT2, MEASURED, Loss, token_cross_entropy
+from peers.problems import GPT2, MEASURED, Loss, smooth_samples, token_cross_entropy
 from tolerances import relative_error
 
 # (N, T, O, I): convolutions of a ResNet-18 as patches at batch 256, layers of GPT-2 at batch 8, an encoder's, an MLP's.
@@ -158,7 +158,9 @@ def whole_model_row(case: Timed) -> list[Cell]:
     """One model: a later batch of an accumulator, a call of four batches, vmap, memory and errors."""
     torch.manual_seed(0)
     model, make_batch, loss = case.make()
-    model = model.eval().cuda()
+    model = model.eval()
+    few = tuple(t.cuda() for t in smooth_samples(model, make_batch, case.few))
+    model = model.cuda()
     batch = tuple(t.cuda() for t in make_batch(case.batch))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
 
@@ -189,7 +191,6 @@ def whole_model_row(case: Timed) -> list[Cell]:
         print(f"vmap of {case.name}: {type(error).__name__}: {error}")
         vmap_ms = None
 
-    few = tuple(t[: case.few] for t in batch)
     with case.precision():
         got = limpet.diagonal_fisher(model, [few], loss=loss)
     independent = single_samples(case, model, loss, few)

@@ -103,7 +103,7 @@ def test_an_accumulator_goes_to_the_host_and_back() -> None:
     model, batches = images(ResNet18(width=8))
     accumulator = limpet.FisherAccumulator(model)
     accumulator.add(batches[0])
-    state = {key: value for key, value in accumulator.state_dict().items()}
+    state = copy.deepcopy(accumulator.state_dict())
     resumed = limpet.FisherAccumulator(model)
     resumed.load_state_dict(state)
     for each in (accumulator, resumed):
