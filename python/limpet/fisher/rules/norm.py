@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class _Norm(Call):
 
     weight_kind: type[Contribution] = Vector
     bias_kind = Vector
-    autocast = False
+    autocast: ClassVar[bool | None] = False
 
     def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__(names, lead, weight, bias)
@@ -143,23 +144,30 @@ class BatchNorm(_Norm):
     """Batch normalisation by running statistics: a fixed factor and shift per channel."""
 
     function = "batch_norm"
+    autocast = None  # statistics and parameters meet narrow activations as they are
 
     def __init__(
         self, names: Names, weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, var: Tensor
     ) -> None:
         super().__init__(names, 1, weight, bias, eps)
         self.mean, self.var = mean, var  # [C]
+        self._known_rstd: Tensor | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         y = F.batch_norm(x, self.mean, self.var, self.w, self.b, training=False, momentum=0.0, eps=self.eps)
         return y, (x,) if self.weight is not None else ()
 
     def _rstd(self) -> Tensor:  # [C]
-        return torch.rsqrt(self.var + self.eps)
+        if self._known_rstd is None:
+            self._known_rstd = torch.rsqrt(self.var + self.eps)
+        return self._known_rstd
 
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
         factor = self._rstd() if self.w is None else self._rstd() * self.w
-        return dy * factor.to(dy.dtype).view(-1, *[1] * (dy.dim() - 2))
+        factor = factor.view(-1, *[1] * (dy.dim() - 2))
+        if factor.dtype == dy.dtype:
+            return dy * factor
+        return torch.mul(dy, factor, out=torch.empty_like(dy))  # rounded once, and never whole in another dtype
 
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = channels(split(dy), dy.dim())
