@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import limpet
 from cases import CLASSES, ResNet18, mlp, with_statistics
-from limpet.fisher import sums
+from limpet.fisher import reading
 from limpet.ops import _fisher_launch
 
 READS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
@@ -25,7 +25,7 @@ VIEWS = ("view", "detach", "reshape", "unsqueeze", "squeeze", "alias")
 @pytest.fixture
 def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way taken on a GPU: sums are looked at when the next loss is, and every op goes by the dispatcher."""
-    monkeypatch.setattr(sums, "deferred", lambda device: True)
+    monkeypatch.setattr(reading, "waits", lambda device: True)
     monkeypatch.setattr(_fisher_launch, "_PLAIN", None)
 
 

@@ -93,6 +93,9 @@ class FisherAccumulator:
         error of the model's), nothing of the batch counts. Raised later (in float16, at any time in the batch), the
         sums may hold a part of it: the accumulator then refuses further use until :meth:`load_state_dict` gives it a
         state from before.
+
+        A later batch waits for a GPU once, when its loss is read. A gradient there that is not finite is reported by
+        the next use of the accumulator, which names the batch.
         """
         self._require_whole()
         self._require_same_parameters()

@@ -8,9 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from limpet.fisher.batches import Batch, Look, Objective, losses_of
+from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.per_sample import same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
+from limpet.fisher.reading import Look
 from limpet.fisher.sums import Sums
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from limpet import _checks
+from limpet.fisher import reading
+from limpet.fisher.reading import Look
 
 
 @dataclass(frozen=True)
@@ -107,16 +110,6 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
     return known if max_samples is None else min(known, max_samples)
 
 
-class Look(Protocol):
-    """Something else that is read from the device when a loss is: each reading waits for all that was launched."""
-
-    def flags(self) -> Sequence[Tensor]:
-        """Numbers, still on the device."""
-
-    def heed(self, flags: Sequence[Sequence[float]]) -> None:
-        """Take their values; raises what is to be raised."""
-
-
 def losses_of(model: nn.Module, batch: Batch, objective: Objective, looks: Sequence[Look] = ()) -> Tensor:  # [N, K]
     """The model's losses for each sample, checked; ``looks`` come first."""
     with torch._C.DisableTorchFunction():  # looks of ours, not the model's: the recorder is not to see them
@@ -131,26 +124,16 @@ def losses_of(model: nn.Module, batch: Batch, objective: Objective, looks: Seque
     losses = objective(outputs, batch)
     with torch._C.DisableTorchFunction():
         flags = [look.flags() for look in looks]
-        *numbers, (total,) = _read([*(flag for some in flags for flag in some), losses.detach().sum()])
+        total, *numbers = reading.read([losses.detach().sum(), *itertools.chain(*flags)])
         values = iter(numbers)
         for look, some in zip(looks, flags, strict=True):
-            look.heed([next(values) for _ in some])
+            look.heed([*itertools.islice(values, len(some))])
         if not isfinite(total):
             bad = torch.isfinite(losses.detach()).logical_not().nonzero().tolist()
             if bad:  # a sum of finite losses may be infinite
                 n, k = bad[0]
                 raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
     return losses
-
-
-def _read(tensors: Sequence[Tensor]) -> list[list[float]]:
-    """The values of tensors, in one wait for each device."""
-    if len(tensors) == 1:
-        return [[tensors[0].item()]]
-    found: dict[torch.device, Iterator[float]] = {}
-    for device in {t.device for t in tensors}:
-        found[device] = iter(torch.cat([t.reshape(-1) for t in tensors if t.device == device]).tolist())
-    return [[next(found[t.device]) for _ in range(t.numel())] for t in tensors]
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

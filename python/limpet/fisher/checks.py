@@ -120,9 +120,9 @@ class Buffers:
         self._versions_read = self._current_versions()
         return [torch.ne(_end_to_end(buffers), kept).any() for buffers, kept in self._plain]
 
-    def heed(self, flags: Sequence[Sequence[float]]) -> None:
+    def heed(self, flags: Sequence[float]) -> None:
         """Take the values of :meth:`flags`, and refuse a model that changes its buffers."""
-        if any(map(any, flags)):
+        if any(flags):
             self._versions = None
             self.check()
         self._versions = self._versions_read

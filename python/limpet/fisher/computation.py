@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from limpet import _core
-from limpet.fisher.batches import Batch, Look, Objective, losses_of
+from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.contributions import Contribution
 from limpet.fisher.layout import Layout
 from limpet.fisher.mixing import Mixing
@@ -21,9 +21,10 @@ from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
+from limpet.fisher.reading import Look
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
-from limpet.fisher.rules.base import Split
+from limpet.fisher.rules.base import Split, prepare
 from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
@@ -127,6 +128,7 @@ class Computation:
         return losses.detach()
 
     def _differentiate(self, losses: Tensor, recorder: Recorder, uses: Uses, scale: float) -> None:  # losses [N, K]
+        prepare(call for _, call, _ in recorder.calls)
         columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses.squeeze(1),)  # whose gradient is a view
         for column in columns:
             last = column is columns[-1]

@@ -143,6 +143,10 @@ class Vector(NamedTuple):
         else:
             total += self._sum(None).view(total.shape)
 
+    def add_squares(self, into: Tensor) -> None:  # [C]
+        """As :meth:`add_to`, without the square of the gain."""
+        self._sum(into)
+
     def _sum(self, into: Tensor | None) -> Tensor:  # [C]
         if self.input is None:
             return ops.sum_grad_squared_bias(self.output_grad, channel_dim=self.channel_dim, into=into)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Mapping, Sequence, ValuesView
+from itertools import islice
 from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from limpet.fisher import reading
 from limpet.reference import wide
 
 _FLUSH = 256  # batches summed before they go to the totals, so that rounding grows with 256 + batches / 256
@@ -17,18 +19,13 @@ _SMALL = 1 << 16  # the size of sums that may be looked at after every batch
 _FEW = 2  # of them are: the first layers' are reached by what goes wrong in any layer behind
 
 
-def deferred(device: torch.device) -> bool:
-    """Whether sums are looked at after a batch is when the next loss is read: a look of its own waits for the GPU."""
-    return device.type != "cpu"
-
-
 class _Look(NamedTuple):
     """Of some sums, the largest elements; NaN if there is any."""
 
     names: list[str]
     first: int  # the first batch not looked at before
     last: int
-    largest: Tensor  # [len(names)]
+    largest: tuple[Tensor, ...]  # of one element each
 
 
 class Running(dict[str, Tensor]):
@@ -66,7 +63,7 @@ class Sums:
         self.totals: dict[str, Tensor] = {}
         self.batches = self._checked = 0
         self._looks: list[_Look] = []  # not yet read
-        self._deferred = deferred(next(iter(params.values())).device)
+        self._late = reading.waits(next(iter(params.values())).device)  # whether they are read with the next loss
         self._filled = [name for name, total in self.running.items() if total.numel()]
         self._small = [name for name in self._filled if self.running[name].numel() <= _SMALL][:_FEW]
 
@@ -77,7 +74,7 @@ class Sums:
         self._look(self._small, self.batches - 1)
         if self.batches % _CHECK == 1:
             self._look(self._filled, self._checked)
-        if not self._deferred:
+        if not self._late:
             self._read()
         if self.batches % _FLUSH == 0:
             self.check()  # what has gone to the totals is not looked at again
@@ -92,11 +89,13 @@ class Sums:
 
     def flags(self) -> list[Tensor]:
         """The largest elements of the sums that are to be looked at."""
-        return [look.largest for look in self._looks]
+        return [largest for look in self._looks for largest in look.largest]
 
-    def heed(self, flags: Sequence[Sequence[float]]) -> None:
+    def heed(self, flags: Sequence[float]) -> None:
         """Raise if one of them is not finite, at every use from now on."""
-        for look, largest in zip(self._looks, flags, strict=True):
+        values = iter(flags)
+        for look in self._looks:
+            largest = [*islice(values, len(look.names))]
             if not all(map(isfinite, largest)):
                 name = next(name for name, value in zip(look.names, largest, strict=True) if not isfinite(value))
                 where = (
@@ -152,8 +151,8 @@ class Sums:
         """Look at these running sums; ``first`` is the first batch that was not looked at before."""
         if names:
             largest = torch._foreach_max([self.running[name] for name in names])
-            self._looks.append(_Look(names, first, self.batches - 1, torch.stack(largest)))
+            self._looks.append(_Look(names, first, self.batches - 1, largest))
 
     def _read(self) -> None:
         if self._looks:
-            self.heed([look.largest.tolist() for look in self._looks])
+            self.heed(reading.read(self.flags()))
