@@ -8,9 +8,11 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -43,10 +45,12 @@ else:
     from hypothesis import strategies as st
     from torch import Tensor
     from triton.runtime import interpreter
-    from triton.runtime.autotuner import Autotuner
 
     from limpet import reference
     from limpet.triton_kernels import (
+        _contraction,
+        _packing,
+        _tiles,
         _tuning,
         fisher,
         fisher_channel,
@@ -88,6 +92,16 @@ else:
         launch(total, *args)  # type: ignore[operator]
         assert_close(total, before.double() + want, torch.float32)
 
+    @contextmanager
+    def multiplying(dtype: torch.dtype, split: bool) -> Iterator[None]:
+        """As on a GPU with tf32, where ``split``."""
+        chosen = _tiles.MATRIX_UNITS if dtype != torch.float32 else _tiles.SPLIT_TF32
+        patches = [mock.patch.object(module, "arithmetic", return_value=chosen) for module in (fisher, fisher_conv)]
+        with ExitStack() as stack:
+            for patch in patches if split else []:
+                stack.enter_context(patch)
+            yield
+
     @few
     @given(
         st.integers(0, 5),
@@ -96,23 +110,26 @@ else:
         st.integers(1, 70),
         st.sampled_from(DTYPES),
         st.booleans(),
+        st.booleans(),
     )
-    def test_linear(n: int, t: int, o: int, i: int, dtype: torch.dtype, strided: bool) -> None:
+    def test_linear(n: int, t: int, o: int, i: int, dtype: torch.dtype, strided: bool, split: bool) -> None:
         d = values(n, t, o, dtype=dtype, seed=0, strided=strided)
         a = values(n, t, i, dtype=dtype, seed=1, strided=strided)
         want = reference.sum_grad_squared_linear(d.double(), a.double())
-        check(fisher.sum_grad_squared_linear_, (o, i), want, d, a)
+        with multiplying(dtype, split):
+            check(fisher.sum_grad_squared_linear_, (o, i), want, d, a)
 
     @few
     @given(
         st.integers(1, 3),
-        st.sampled_from([(1, 3, 5), (2, 2, 3), (4, 1, 1)]),
+        st.sampled_from([(1, 3, 5), (2, 2, 3), (4, 1, 1), (1, 3, 16), (2, 5, 33)]),
         st.lists(
             st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(0, 1), st.integers(1, 2), st.integers(0, 2)),
             min_size=1,
             max_size=3,
         ),
         st.sampled_from(DTYPES),
+        st.booleans(),
         st.booleans(),
     )
     def test_conv(
@@ -121,6 +138,7 @@ else:
         geometry: list[tuple[int, int, int, int, int]],
         dtype: torch.dtype,
         strided: bool,
+        split: bool,
     ) -> None:
         groups, out, into = channels
         kernel, step, pad, dilation, more = (list(column) for column in zip(*geometry, strict=True))
@@ -131,7 +149,35 @@ else:
         x = values(n, into * groups, *spatial, dtype=dtype, seed=1, strided=strided)
         arguments = (kernel, step, pad, dilation, groups)
         want = reference.sum_grad_squared_conv(d.double(), x.double(), *arguments)
-        check(fisher_conv.sum_grad_squared_conv_, tuple(want.shape), want, d, x, *arguments)
+        with multiplying(dtype, split):
+            check(fisher_conv.sum_grad_squared_conv_, tuple(want.shape), want, d, x, *arguments)
+
+    def test_samples_have_their_turn_where_copies_would_take_much(monkeypatch: pytest.MonkeyPatch) -> None:
+        d, a = (values(7, 5, size, dtype=torch.float32, seed=0, strided=False) for size in (20, 30))
+        want = reference.sum_grad_squared_linear(d.double(), a.double())
+        monkeypatch.setattr(_contraction, "PACKED_BYTES", 3 * 2 * 4 * 5 * 50)  # three samples
+        with multiplying(torch.float32, split=True):
+            check(fisher.sum_grad_squared_linear_, (20, 30), want, d, a)
+
+    @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")  # NumPy's, of infinities
+    @few
+    @given(st.integers(2, 40), st.booleans())
+    def test_packing(channels: int, split: bool) -> None:
+        """In two parts of 11 bits each; what is not a number stays so."""
+        x = values(3, channels, 2, 4, 5, dtype=torch.float32, seed=0, strided=True)
+        x = torch.cat([x, x.new_tensor([torch.inf, -torch.inf, torch.nan]).expand(3, channels, 2, 4, 3)], dim=4)
+        out = _packing.packed(x, (0, 1, 2), split)
+        assert out.stride(5 if split else 2) == 1
+        padded = torch.nn.functional.pad(x, (2, 2, 1, 1, 0, 0))
+        if split:
+            high, low = out.double()
+            assert_close(torch.nan_to_num(high + low, 0, 0, 0), torch.nan_to_num(padded, 0, 0, 0), torch.float32)
+            finite = padded.isfinite()
+            assert torch.equal(high.isfinite(), finite)
+            assert (out[:, finite].view(torch.int32) & 0x1FFF).count_nonzero() == 0
+            assert ((high + low - padded)[finite].abs() <= 2.0**-22 * padded[finite].abs()).all()
+        else:
+            assert torch.equal(out[0].view(torch.int32), padded.view(torch.int32))
 
     @few
     @given(
@@ -187,23 +233,23 @@ else:
             trials.append(-float(len(trials)))
             return trials[-1:] * 3
 
-        monkeypatch.setattr(Autotuner, "do_bench", staticmethod(stopwatch))
+        monkeypatch.setattr(_tuning, "milliseconds", stopwatch)
         monkeypatch.setattr(_tuning, "WORTH_TUNING", 1)
         monkeypatch.setattr(_tuning, "_fastest", {})
         for n, t in ((2, 20), (40, 2)):  # one share, which adds to the total, and several
             d = values(n, t, 128, dtype=torch.float32, seed=0, strided=False)
-            a = values(n, t, 64, dtype=torch.float32, seed=1, strided=False)
+            a = values(n, t, 128, dtype=torch.float32, seed=1, strided=False)
             with monkeypatch.context() as patch:
                 patch.setattr(_tuning, "can_measure", lambda device: False)
-                unmeasured = torch.ones(128, 64)
+                unmeasured = torch.ones(128, 128)
                 fisher.sum_grad_squared_linear_(unmeasured, d, a)
             for measured in (True, False):
                 trials.clear()
                 with monkeypatch.context() as patch:
                     patch.setattr(_tuning, "can_measure", lambda device: True)
-                    total = torch.ones(128, 64)
+                    total = torch.ones(128, 128)
                     fisher.sum_grad_squared_linear_(total, d, a)
-                assert len(trials) == (3 if measured else 0)
+                assert len(trials) == (4 if measured else 0)
                 assert_close(total, unmeasured.double())
         assert {tile.rows * tile.columns for tile in _tuning._fastest.values()} == {128 * 128}
 

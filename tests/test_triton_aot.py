@@ -25,6 +25,8 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from limpet.triton_kernels import (
+    _contraction,
+    _packing,
     _tiles,
     fisher,
     fisher_channel,
@@ -60,6 +62,10 @@ def linear_shared(dtype: torch.dtype) -> None:
     fisher.sum_grad_squared_linear_(torch.empty(63, 575), d, a)
 
 
+def linear_packed(dtype: torch.dtype) -> None:
+    _packing.packed(torch.empty(8, 50257, 1, 1, 129, dtype=dtype).transpose(1, 4), (0, 0, 0), dtype == torch.float32)
+
+
 def linear_single(dtype: torch.dtype) -> None:
     d, a = torch.empty(128, 1, 1024, dtype=dtype), torch.empty(128, 1, 784, dtype=dtype)
     fisher.sum_grad_squared_linear_(torch.empty(1024, 784), d, a)
@@ -68,6 +74,11 @@ def linear_single(dtype: torch.dtype) -> None:
 def conv(dtype: torch.dtype) -> None:
     d, x = torch.empty(64, 256, 8, 8, dtype=dtype), torch.empty(64, 256, 8, 8, dtype=dtype)
     fisher_conv.sum_grad_squared_conv_(torch.empty(256, 256, 3, 3), d, x, [3, 3], [1, 1], [1, 1], [1, 1], 1)
+
+
+def conv_few_channels(dtype: torch.dtype) -> None:
+    d, x = torch.empty(64, 64, 32, 32, dtype=dtype), torch.empty(64, 3, 32, 32, dtype=dtype)
+    fisher_conv.sum_grad_squared_conv_(torch.empty(64, 3, 3, 3), d, x, [3, 3], [1, 1], [1, 1], [1, 1], 1)
 
 
 def conv_depthwise(dtype: torch.dtype) -> None:
@@ -150,7 +161,8 @@ def gated_backward(dtype: torch.dtype) -> None:
     gated_lateral.gated_lateral_backward(x, x, x, weight, weight[0], x, -1, [True, False, False, True])
 
 
-LAUNCHES = (linear, linear_shared, linear_single, conv, conv_depthwise, bias, scale, scale_centred, embedding)
+LAUNCHES = (linear, linear_shared, linear_packed, linear_single, conv, conv_few_channels, conv_depthwise)
+LAUNCHES += (bias, scale, scale_centred, embedding)
 LAUNCHES += (path, path_without_penalty, gated, gated_channels, gated_backward)
 RESERVOIR = (reservoir_slots, reservoir_decide, reservoir_copy, sample_targets, sample_follow, gather)
 
@@ -193,10 +205,10 @@ def compiled(
     def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> Any:
         for module in (fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "arithmetic", lambda dtype, _: arithmetic(request.param, dtype))
-            monkeypatch.setattr(module, "tiles", lambda *args: _tiles.tiles(*args)[choice:])
+        for module in (_contraction, fisher, fisher_conv, gated_lateral):
+            monkeypatch.setattr(module, "tiles", lambda *args, tiles=module.tiles: tiles(*args)[choice:])
         launcher(dtype)
-        (kernel,) = kernels
-        return kernel
+        return kernels[-1]  # after copies of operands
 
     return launch
 
@@ -215,7 +227,9 @@ def choices(gpu: GPUTarget, launcher: Callable[[torch.dtype], None], dtype: torc
     """The tiles that would be measured: all of them on the two GPUs on which everything is compiled."""
     if launcher not in (linear, conv, gated) or gpu.arch not in (90, "gfx942"):
         return range(1)
-    return range(len(_tiles.tiles(arithmetic(gpu, dtype), 512, 512)))
+    if launcher is gated:
+        return range(len(_tiles.tiles(arithmetic(gpu, dtype), 512, 512)))
+    return range(len(_contraction.tiles(arithmetic(gpu, dtype), 512, 512, 16)))
 
 
 # Every launch for one GPU of each maker, the matrix kernels for the others too. Among the fast tests are the tiles that

@@ -33,7 +33,7 @@ VECTOR_UNITS = Arithmetic("ieee", 16, 64)
 # float32 on matrix units: each factor is the sum of two tf32 values, of whose products three are taken. The error is
 # float32's (the fourth product is below its last bit), the rate a third of tf32's and above that of the vector units.
 SPLIT_TF32 = Arithmetic("tf32x3", 32, 160)
-MATRIX_UNITS = Arithmetic("ieee", 32, 512)
+MATRIX_UNITS = Arithmetic("ieee", 64, 512)
 
 
 def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
@@ -99,7 +99,7 @@ def share(samples: int, programs: int, merge: float) -> tuple[int, int]:
         busiest = max(2, triton.cdiv(programs * shares, PROCESSORS))
         return busiest * triton.cdiv(samples, shares) + (merge * shares * programs / PROCESSORS if shares > 1 else 0.0)
 
-    shares = min(range(1, max(1, min(samples, 4 * PROCESSORS // programs)) + 1), key=cost)
+    shares = min(range(1, max(1, min(samples, 8 * PROCESSORS // programs)) + 1), key=cost)
     each = triton.cdiv(samples, shares)
     return each, triton.cdiv(samples, each)
 
@@ -122,7 +122,7 @@ def add_partial_sums_(total: Tensor, partial: Tensor) -> None:  # [*], [*] or [s
 
 @triton.jit
 def store_tile(
-    out_ptr,  # [shares, rows, columns], contiguous; of this program's weight
+    out_ptr,  # [rows, columns], contiguous; of this program's weight and share
     values,  # [BLOCK_R, BLOCK_C]
     r,  # [BLOCK_R]
     c,  # [BLOCK_C]

@@ -1,4 +1,4 @@
-"""The Fisher sum of a convolution's weight: patches are read from the input in place, never unfolded."""
+"""The Fisher sum of a convolution's weight: patches are read from the input, never unfolded."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from limpet.triton_kernels._contraction import Patches, contract_
 from limpet.triton_kernels._tiles import (
     add_partial_sums_,
     arithmetic,
@@ -18,6 +19,8 @@ from limpet.triton_kernels._tiles import (
     tiles,
 )
 from limpet.triton_kernels._tuning import launch
+
+NARROW = 16  # channels of a group, below which a tile's columns are channels and places of the kernel together
 
 
 @triton.jit
@@ -66,9 +69,9 @@ def conv_kernel(
 ):
     """``partial[s,o,c,k] = sum_{n in share s} (sum_y d[n,o,y] x[n,c,y step - pad + k dilation])^2``.
 
-    The sum of ``linear_kernel`` with output places ``t = (y0 Y1 + y1) Y2 + y2`` and columns ``i = ((c K0 +
-    k0) K1 + k1) K2 + k2``. An input's address is a part that depends on ``t`` plus one that depends on ``i``,
-    so an element of a patch costs an addition and, with padding, a comparison per dimension.
+    For few channels. The sum of ``contraction_kernel`` with output places ``t = (y0 Y1 + y1) Y2 + y2`` and columns
+    ``i = ((c K0 + k0) K1 + k1) K2 + k2``. An input's address is a part that depends on ``t`` plus one that depends on
+    ``i``, so an element of a patch costs an addition and, with padding, a comparison per dimension.
     """
     tiles_i = tl.cdiv(columns, BLOCK_I)
     tiles = tl.cdiv(rows, BLOCK_O) * tiles_i
@@ -142,8 +145,15 @@ def sum_grad_squared_conv_(
     missing = 3 - len(kernel_size)
     kernel, steps, dilations = ([1] * missing + list(v) for v in (kernel_size, stride, dilation))
     pads = [0] * missing + list(padding)
-    rows, columns = d.shape[1] // groups, total[0].numel()
     units = arithmetic(d.dtype, total.device)
+    if total.shape[1] >= NARROW:
+        patches = Patches(kernel, steps, pads, dilations)
+        if patches.are_places:
+            x, places = x.flatten(2)[:, :, None, None], [1, 1, d.shape[2]]
+        contract_(total.view(*total.shape[:2], *kernel), d, x, places, patches, groups, units)
+        return
+    rows, columns = d.shape[1] // groups, total[0].numel()
+    units = units._replace(places=min(32, units.places))
     blocks = tiles(units, rows, columns)
     each, shares = share(d.shape[0], blocks[0].count(rows, columns) * groups, merge_cost(units, d.shape[2]))
     partial = partial_sums(total, shares)

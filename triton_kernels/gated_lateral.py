@@ -149,8 +149,8 @@ def gated_lateral(
         return y, product
     count, columns, *strides = _geometry(matrix(h, channel_dim, last))
     units = arithmetic(x.dtype, x.device)
-    if x.dtype != torch.float32 and strides[1] == 1:  # twice as many channels at a time: only the product is kept
-        units = units._replace(places=2 * units.places)
+    if strides[1] != 1:
+        units = units._replace(places=min(32, units.places))
     launch(
         forward_kernel,
         tiles(units, count, columns),
