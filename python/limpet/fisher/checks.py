@@ -160,7 +160,6 @@ class Buffers:
                 f"the model changes its buffer {changed[0]!r} in forward: "
                 "the result would depend on the order of samples"
             )
-        self._versions = self._current_versions()
 
     def _current_versions(self) -> list[int]:
         return [buffer._version for buffers, _ in self._plain for buffer in buffers]
