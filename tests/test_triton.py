@@ -163,12 +163,15 @@ else:
     @few
     @given(st.integers(2, 40), st.booleans())
     def test_packing(channels: int, split: bool) -> None:
-        """In two parts of 11 bits each; what is not a number stays so."""
-        x = values(3, channels, 2, 4, 5, dtype=torch.float32, seed=0, strided=True)
+        """Patches of a kernel of two planes, in two parts of 11 bits each; what is not a number stays so."""
+        x = values(3, channels, 2, 4, 6, dtype=torch.float32, seed=0, strided=True)
         x = torch.cat([x, x.new_tensor([torch.inf, -torch.inf, torch.nan]).expand(3, channels, 2, 4, 3)], dim=4)
-        out = _packing.packed(x, (0, 1, 2), split)
-        assert out.stride(5 if split else 2) == 1
-        padded = torch.nn.functional.pad(x, (2, 2, 1, 1, 0, 0))
+        patches = _packing.Patches((1, 4, 8), (2, 3, 2), (1, 1, 1), (0, 1, 0), (1, 1, 1))
+        out = _packing.packed(x, patches, split)
+        assert patches.shifted(4) == (0, 32)
+        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+        padded = torch.stack([padded[:, :, :, i : i + 4, j : j + 8] for i in range(3) for j in range(2)], dim=2)
+        padded = padded.flatten(3)
         if split:
             high, low = out.double()
             assert_close(torch.nan_to_num(high + low, 0, 0, 0), torch.nan_to_num(padded, 0, 0, 0), torch.float32)

@@ -63,7 +63,8 @@ def linear_shared(dtype: torch.dtype) -> None:
 
 
 def linear_packed(dtype: torch.dtype) -> None:
-    _packing.packed(torch.empty(8, 50257, 1, 1, 129, dtype=dtype).transpose(1, 4), (0, 0, 0), dtype == torch.float32)
+    x = torch.empty(8, 129, 1, 1, 50257, dtype=dtype).transpose(1, 4)
+    _packing.packed(x, _packing.Patches((1, 1, 129)), dtype == torch.float32)
 
 
 def linear_single(dtype: torch.dtype) -> None:
