@@ -152,6 +152,19 @@ else:
         with multiplying(dtype, split):
             check(fisher_conv.sum_grad_squared_conv_, tuple(want.shape), want, d, x, *arguments)
 
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    @pytest.mark.parametrize(("n", "t"), [(3, 20), (2, 64), (5, 130)])
+    def test_blocks_read_by_the_copy_engine(n: int, t: int, dtype: torch.dtype) -> None:
+        """Whose edges the weight's are not; each sample's last block of places has zeros."""
+        d, a = (values(n, t, size, dtype=dtype, seed=size, strided=False) for size in (80, 144))
+        want = reference.sum_grad_squared_linear(d.double(), a.double())
+        with (
+            multiplying(dtype, split=True),
+            mock.patch.object(_contraction, "has_copy_engine", return_value=True) as asked,
+        ):
+            check(fisher.sum_grad_squared_linear_, (80, 144), want, d, a)
+        assert asked.called
+
     def test_samples_have_their_turn_where_copies_would_take_much(monkeypatch: pytest.MonkeyPatch) -> None:
         d, a = (values(7, 5, size, dtype=torch.float32, seed=0, strided=False) for size in (20, 30))
         want = reference.sum_grad_squared_linear(d.double(), a.double())

@@ -192,7 +192,7 @@ def compiled(
                 signature[name] = POINTERS[value.dtype]
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif isinstance(value, (bool, str)) or name.startswith("BLOCK") or value == 1:
+            elif kernel.params[index].is_constexpr or value == 1:
                 signature[name], constants[(index,)] = "constexpr", value
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -206,6 +206,8 @@ def compiled(
     def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> Any:
         for module in (fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "arithmetic", lambda dtype, _: arithmetic(request.param, dtype))
+        bulk = request.param.backend == "cuda" and request.param.arch >= 90
+        monkeypatch.setattr(_contraction, "has_copy_engine", lambda _: bulk)
         for module in (_contraction, fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "tiles", lambda *args, tiles=module.tiles: tiles(*args)[choice:])
         launcher(dtype)
@@ -260,5 +262,8 @@ def test_compiles_with_its_tiles_in_registers(
     kernel = compiled(launcher, dtype, choice)
     assert spilled_bytes(kernel) <= 64  # a few addresses at most; a spilled tile would be kilobytes
     if launcher in (linear, linear_single, conv, gated) and "ptx" in kernel.asm:  # on matrix units, float32 as well
+        assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == (
+            launcher is linear and dtype == torch.bfloat16 and ".target sm_80" not in kernel.asm["ptx"]
+        )
         operands = r"bf16|kind::f16" if dtype == torch.bfloat16 and launcher is not linear_single else "tf32"
         assert re.search(rf"mma\.\S*({operands})\b", kernel.asm["ptx"])

@@ -12,6 +12,7 @@ from limpet.triton_kernels._tiles import (
     VECTOR_UNITS,
     Arithmetic,
     Tile,
+    has_copy_engine,
     merge_cost,
     share,
     store_tile,
@@ -49,6 +50,7 @@ def contraction_kernel(
     SPLIT: tl.constexpr,  # float32 in two parts
     ONCE: tl.constexpr,  # T <= BLOCK_T
     ADD: tl.constexpr,
+    BULK: tl.constexpr,  # read by the copy engine: without groups, channels innermost, one copy
     VECTOR: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
@@ -76,6 +78,10 @@ def contraction_kernel(
     d_tile = d_row[:, None] + places.to(tl.int64)[None, :] * d_stride_t
     x_tile = x_column[:, None] + places.to(tl.int64)[None, :] * x_stride_t
     o_in, c_in = (o < rows)[:, None], (c < columns)[:, None]
+    o_first, c_first = tile // tiles_i % tiles_o * BLOCK_O, tile % tiles_i * BLOCK_I
+    if BULK:
+        d_block = tl.make_tensor_descriptor(d_ptr, [N, T, rows], [d_stride_n, d_stride_t, 1], [1, BLOCK_T, BLOCK_O])
+        x_block = tl.make_tensor_descriptor(x_ptr, [N, T, columns], [x_stride_n, x_stride_t, 1], [1, BLOCK_T, BLOCK_I])
 
     grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     squares = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -86,8 +92,12 @@ def contraction_kernel(
         t_in = (start + places < T)[None, :]
         at = start.to(tl.int64)
         d_at, x_at = n * d_stride_n + at * d_stride_t, n * x_stride_n + at * x_stride_t
-        d = tl.load(d_tile + d_at, mask=o_in & t_in, other=0.0)  # [BLOCK_O, BLOCK_T]
-        x = tl.load(x_tile + x_at, mask=c_in & t_in, other=0.0)  # [BLOCK_I, BLOCK_T]
+        if BULK:
+            d = d_block.load([first + step // blocks, start, o_first]).reshape(BLOCK_T, BLOCK_O).trans()
+            x = x_block.load([first + step // blocks, start, c_first]).reshape(BLOCK_T, BLOCK_I).trans()
+        else:
+            d = tl.load(d_tile + d_at, mask=o_in & t_in, other=0.0)  # [BLOCK_O, BLOCK_T]
+            x = tl.load(x_tile + x_at, mask=c_in & t_in, other=0.0)  # [BLOCK_I, BLOCK_T]
         if SPLIT:
             # Matrix units cut off bits when they add: a block's products are summed apart, the small ones first, and
             # blocks are added by the vector units. The product of two low parts is below float32's last bit.
@@ -146,6 +156,18 @@ def _in_vectors(x: Tensor, units: Arithmetic) -> bool:  # [N, C, T]
     return x.stride(inner) == 1 and all(stride % ALIGNED == 0 for stride in strides) and x.data_ptr() % 16 == 0
 
 
+def _in_bulk(x: Tensor) -> bool:  # [1, N, C, T] or [1, N, C, 1, T]
+    """Whether the copy engine of a GPU of compute capability 9 on can read ``x``: 16-bit values, channels innermost."""
+    strides = x.stride(1), x.stride(-1)
+    return (
+        x.element_size() == 2
+        and x.stride(2) == 1
+        and all(stride > 0 and stride % (VECTOR_BYTES // 2) == 0 for stride in strides)
+        and x.data_ptr() % VECTOR_BYTES == 0
+        and has_copy_engine(x.device)
+    )
+
+
 def _launch(
     total: Tensor,  # [O, C / groups, K], float32, contiguous
     d: Tensor,  # [parts, N, O, T]
@@ -171,7 +193,7 @@ def _launch(
         (d, x, partial, samples, places, rows, columns, K, x.shape[3], shift, *d.stride(), *x.stride(), groups, each),
         {
             "PRECISION": units.input_precision, "SPLIT": units == SPLIT_TF32, "ONCE": places <= block, "ADD": add,
-            "VECTOR": VECTOR_BYTES // x.element_size(),
+            "BULK": K == 1 and _in_bulk(d) and _in_bulk(x), "VECTOR": VECTOR_BYTES // x.element_size(),
         },
         weight=(groups * K, rows, columns),
         shares=shares,
