@@ -216,6 +216,30 @@ else:
         check(fisher_channel.sum_grad_squared_scale_, (c,), centred, d, x, shift)
 
     @few
+    @given(st.integers(0, 4), st.integers(0, 70), st.integers(0, 150), st.sampled_from(DTYPES), st.booleans())
+    def test_norm(n: int, t: int, c: int, dtype: torch.dtype, strided: bool) -> None:
+        d, x = (values(n, t, c, dtype=dtype, seed=seed, strided=strided) for seed in (0, 1))
+        mean, rstd = (values(n, t, dtype=torch.float32, seed=seed, strided=strided) for seed in (2, 3))
+        normalised = (x.double() - mean.double()[:, :, None]) * rstd.double()[:, :, None]
+        want = reference.sum_grad_squared_scale(d.double()[..., None], normalised[..., None])
+        bias = torch.ones(c)
+        arguments = bias, d, x, mean, rstd
+        check(fisher_channel.sum_grad_squared_norm_, (c,), want, *arguments)
+        assert_close(bias, 1 + reference.sum_grad_squared_bias(d.double()[..., None]), torch.float32)
+        check(fisher_channel.sum_grad_squared_norm_, (c,), want, bias[:0], *arguments[1:])
+
+    def test_few_samples_of_many_places() -> None:
+        """Programs share a sample's places."""
+        d, x = (values(2, 700, 40, 1, dtype=torch.float32, seed=seed, strided=False) for seed in (0, 1))
+        check(
+            fisher_channel.sum_grad_squared_scale_,
+            (40,),
+            reference.sum_grad_squared_scale(d.double(), x.double()),
+            d,
+            x,
+        )
+
+    @few
     @given(st.integers(0, 4), st.integers(0, 9), st.integers(0, 40), st.sampled_from(DTYPES), st.booleans())
     def test_embedding(n: int, t: int, e: int, dtype: torch.dtype, strided: bool) -> None:
         d = values(n, t, e, dtype=dtype, seed=0, strided=strided)

@@ -101,6 +101,11 @@ def scale_centred(dtype: torch.dtype) -> None:
     fisher_channel.sum_grad_squared_scale_(torch.empty(128), d, d, torch.empty(128))
 
 
+def norm(dtype: torch.dtype) -> None:
+    d, mean = torch.empty(8, 1024, 768, dtype=dtype), torch.empty(8, 1024)
+    fisher_channel.sum_grad_squared_norm_(torch.empty(768), torch.empty(768), d, d, mean, mean)
+
+
 def embedding(dtype: torch.dtype) -> None:
     d, indices = torch.empty(8, 128, 768, dtype=dtype), torch.zeros(8, 128, dtype=torch.int64)
     fisher_embedding.sum_grad_squared_embedding_(torch.empty(100, 768), d, indices, -1)
@@ -163,7 +168,7 @@ def gated_backward(dtype: torch.dtype) -> None:
 
 
 LAUNCHES = (linear, linear_shared, linear_packed, linear_single, conv, conv_few_channels, conv_depthwise)
-LAUNCHES += (bias, scale, scale_centred, embedding)
+LAUNCHES += (bias, scale, scale_centred, norm, embedding)
 LAUNCHES += (path, path_without_penalty, gated, gated_channels, gated_backward)
 RESERVOIR = (reservoir_slots, reservoir_decide, reservoir_copy, sample_targets, sample_follow, gather)
 
@@ -203,7 +208,7 @@ def compiled(
 
     monkeypatch.setattr(JITFunction, "run", run)
 
-    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> Any:
+    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> list[Any]:
         for module in (fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "arithmetic", lambda dtype, _: arithmetic(request.param, dtype))
         bulk = request.param.backend == "cuda" and request.param.arch >= 90
@@ -211,7 +216,7 @@ def compiled(
         for module in (_contraction, fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "tiles", lambda *args, tiles=module.tiles: tiles(*args)[choice:])
         launcher(dtype)
-        return kernels[-1]  # after copies of operands
+        return kernels
 
     return launch
 
@@ -259,8 +264,9 @@ CASES += [  # of bytes and integers
 def test_compiles_with_its_tiles_in_registers(
     compiled: Callable[..., Any], launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int
 ) -> None:
-    kernel = compiled(launcher, dtype, choice)
-    assert spilled_bytes(kernel) <= 64  # a few addresses at most; a spilled tile would be kilobytes
+    *others, kernel = compiled(launcher, dtype, choice)  # others copy operands, or add within samples
+    for each in (*others, kernel):
+        assert spilled_bytes(each) <= 64  # a few addresses at most; a spilled tile would be kilobytes
     if launcher in (linear, linear_single, conv, gated) and "ptx" in kernel.asm:  # on matrix units, float32 as well
         assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == (
             launcher is linear and dtype == torch.bfloat16 and ".target sm_80" not in kernel.asm["ptx"]
