@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import limpet
+from cases import ResNet18, with_statistics
 from compare import peak_bytes
 
 
@@ -31,6 +32,23 @@ def test_the_first_batch_needs_no_more_than_a_later_one():
     later = peak_bytes(lambda: accumulator.add((x, y)))
     assert 4 * activation < first < later + activation / 2
     assert later < ordinary
+
+
+def test_mixed_precision_keeps_activations_narrow():
+    model = with_statistics(ResNet18(width=8))
+    x, y = torch.randn(16, 3, 32, 32), torch.randint(10, (16,))
+
+    def ordinary():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses = nn.functional.cross_entropy(model(x), y)
+        losses.backward()
+
+    model.zero_grad(set_to_none=False)
+    accumulator = limpet.FisherAccumulator(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        accumulator.add((x, y))
+        later = peak_bytes(lambda: accumulator.add((x, y)))
+    assert later < 1.2 * peak_bytes(ordinary)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have limits of their own")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,10 +16,11 @@ from limpet.fisher import batches as batch_reading
 from limpet.fisher import checks
 from limpet.fisher.batched import Batched
 from limpet.fisher.batches import Batch
-from limpet.fisher.checks import buffers_kept, tracked_parameters
+from limpet.fisher.checks import Buffers, buffers_kept, tracked_parameters
 from limpet.fisher.computation import Computation
 from limpet.fisher.labels import LABELS, Loss, objective_of
 from limpet.fisher.result import ROUTES, DiagonalFisher
+from limpet.fisher.sums import Sums
 from limpet.reference import wide
 
 _BATCHED = (
@@ -92,12 +93,15 @@ class FisherAccumulator:
         error of the model's), nothing of the batch counts. Raised later (in float16, at any time in the batch), the
         sums may hold a part of it: the accumulator then refuses further use until :meth:`load_state_dict` gives it a
         state from before.
+
+        A later batch waits for a GPU once, when its loss is read. A gradient there that is not finite is reported by
+        the next use of the accumulator, which names the batch.
         """
         self._require_whole()
         self._require_same_parameters()
         read = batch_reading.read(batch, self._computation.sums.batches, self._num_samples)
         with buffers_kept(self._model) as buffers:
-            self._add(read, buffers.check)
+            self._add(read, buffers)
 
     def fisher(self, group: distributed.ProcessGroup | None = None) -> DiagonalFisher:
         """The mean over the samples so far. The accumulator does not change: more batches may follow.
@@ -200,19 +204,19 @@ class FisherAccumulator:
             return Batched(self._model, objective, self._params, mean=self._labels == "batched")
         return Computation(self._model, objective, self._params)
 
-    def _add(self, batch: Batch, check: Callable[[], None] | None) -> None:
-        """Add a batch that was read, within :func:`buffers_kept`; ``check`` may still refuse it."""
-        running, before = self._computation.sums.running, self._progress()
-        running.touched = False
+    def _add(self, batch: Batch, buffers: Buffers | None) -> None:
+        """Add a batch that was read, within :func:`buffers_kept`, unless it changes these buffers."""
+        sums, before = self._computation.sums, self._progress()
+        sums.running.touched = False
         self._torn = batch.number
         try:
             with torch.enable_grad():
-                self._computation.add(batch)
-            if check is not None:
-                check()
+                self._computation.add(batch, () if buffers is None else (buffers,))
+            if buffers is not None:
+                buffers.check()
         except BaseException as error:
-            if not running.touched:  # as if the batch had not come; a layout found on it may be wrong
-                self._restart(before)
+            if not sums.running.touched:  # as if the batch had not come; a layout found on it may be wrong
+                self._restart(before, sums)
             if isinstance(error, CheckpointError):
                 raise RuntimeError(
                     "the model runs its functions again in backward, out of sight (torch.utils.checkpoint): "
@@ -234,10 +238,13 @@ class FisherAccumulator:
             "totals": computation.sums.totals,
         }
 
-    def _restart(self, progress: Mapping[str, Any]) -> None:
-        """Go on from there; what was found out about the model is forgotten."""
+    def _restart(self, progress: Mapping[str, Any], sums: Sums | None = None) -> None:
+        """Go on from there, with its sums or these; what was found out about the model is forgotten."""
         computation = self._new_computation(progress["seed"])
-        computation.sums.load(progress["running"], progress["totals"], progress["num_batches"])
+        if sums is None:
+            computation.sums.load(progress["running"], progress["totals"], progress["num_batches"])
+        else:
+            computation.sums, sums.batches = sums, progress["num_batches"]
         computation.loss_scale.scale = progress["loss_scale"]
         self._computation, self._torn, self._standing = computation, None, None
         self._take_over(progress["routes"])

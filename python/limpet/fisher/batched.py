@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.per_sample import same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
+from limpet.fisher.reading import Look
 from limpet.fisher.sums import Sums
 
 
@@ -33,14 +34,18 @@ class Batched:
         self.loss_scale = LossScale()
         self._apart = False  # whether samples were seen not to interact
 
-    def add(self, batch: Batch) -> None:
-        """Add one batch's squared gradient."""
+    def add(self, batch: Batch, looks: Sequence[Look] = ()) -> None:
+        """Add one batch's squared gradient; ``looks`` are heeded before, if it is not the first."""
         with without_tf32(next(iter(self._params.values())).device):
-            self.loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
+            self.loss_scale.add(
+                self.sums.running,
+                self._params,
+                partial(self._add, batch, (self.sums, *looks) if self._apart else (self.sums,)),
+            )
         self.sums.end_batch()
 
-    def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:
-        losses = losses_of(self._model, batch, self._objective)
+    def _add(self, batch: Batch, looks: Sequence[Look], sums: Mapping[str, Tensor], scale: float) -> None:
+        losses = losses_of(self._model, batch, self._objective, looks)
         if not losses.requires_grad:
             raise RuntimeError(
                 f"the losses of batch {batch.number} do not depend on any parameter that requires a gradient: "

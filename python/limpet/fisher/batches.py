@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 
 from limpet import _checks
+from limpet.fisher import reading
+from limpet.fisher.reading import Look
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
     return known if max_samples is None else min(known, max_samples)
 
 
-def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  # [N, K]
-    """The model's losses for each sample, checked."""
+def losses_of(model: nn.Module, batch: Batch, objective: Objective, looks: Sequence[Look] = ()) -> Tensor:  # [N, K]
+    """The model's losses for each sample, checked; ``looks`` come first."""
     with torch._C.DisableTorchFunction():  # looks of ours, not the model's: the recorder is not to see them
         device = next(model.parameters()).device
         random_state = _random_state(device)
@@ -120,7 +123,12 @@ def losses_of(model: nn.Module, batch: Batch, objective: Objective) -> Tensor:  
             )
     losses = objective(outputs, batch)
     with torch._C.DisableTorchFunction():
-        if not isfinite(float(losses.detach().sum())):
+        flags = [look.flags() for look in looks]
+        total, *numbers = reading.read([losses.detach().sum(), *itertools.chain(*flags)])
+        values = iter(numbers)
+        for look, some in zip(looks, flags, strict=True):
+            look.heed([*itertools.islice(values, len(some))])
+        if not isfinite(total):
             bad = torch.isfinite(losses.detach()).logical_not().nonzero().tolist()
             if bad:  # a sum of finite losses may be infinite
                 n, k = bad[0]

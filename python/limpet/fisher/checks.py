@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,54 +94,120 @@ def _refuse_module(name: str, module: nn.Module) -> None:
     raise RuntimeError(f"{name!r} ({type(module).__name__}) {what}")
 
 
-class _Buffers:
-    """The buffers as they were: objects and values."""
+class Buffers:
+    """The buffers as they were: objects and bytes.
+
+    Plain buffers of one dtype are kept and compared end to end, whatever their number: each kernel costs a GPU as much
+    as a million bytes do.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._found = [
-            (module, name, buffer, None if buffer is None else buffer.clone())
-            for module in _modules(model)
-            for name, buffer in module._buffers.items()
-        ]
+        self._found = [(module, name, buffer) for module in _modules(model) for name, buffer in module._buffers.items()]
+        together: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        self._odd: list[tuple[Tensor, Tensor]] = []  # with their values
+        for buffer in {id(buffer): buffer for _, _, buffer in self._found if buffer is not None}.values():
+            if _is_plain(buffer):
+                together.setdefault((buffer.device, buffer.dtype), []).append(buffer)
+            elif not buffer.is_meta:
+                self._odd.append((buffer, buffer.detach().clone()))
+        self._plain = [(buffers, _end_to_end(buffers)) for buffers in together.values()]
+        self._versions: list[int] | None = None  # when the values were last found to be the same
+        self._versions_read: list[int] = []
+
+    def flags(self) -> list[Tensor]:
+        """Whether plain buffers hold other values than they did, on their devices."""
+        self._versions_read = self._current_versions()
+        return [torch.ne(_end_to_end(buffers), kept).any() for buffers, kept in self._plain]
+
+    def heed(self, flags: Sequence[float]) -> None:
+        """Take the values of :meth:`flags`, and refuse a model that changes its buffers."""
+        if any(flags):
+            self._versions = None
+            self.check()
+        self._versions = self._versions_read
 
     def restore(self) -> list[str]:
         """Put back what has changed; the names of what had."""
+        different = {id(buffer): (buffer, value) for buffer, value in self._changed()}
         changed = []
-        for module, name, buffer, value in self._found:
+        for module, name, buffer in self._found:
             if module._buffers.get(name) is not buffer:
                 changed.append((module, name))
                 module._buffers[name] = buffer
-            if buffer is not None and value is not None and not _same_bytes(buffer, value):
+            if id(buffer) in different:
                 changed.append((module, name))
-                with torch.no_grad():
-                    buffer.copy_(value)
+        with torch.no_grad():
+            for buffer, value in different.values():
+                buffer.copy_(value)
         paths = {module: path for path, module in self._model.named_modules()} if changed else {}
         return [f"{paths.get(module, type(module).__name__)}.{name}".lstrip(".") for module, name in changed]
 
     def check(self) -> None:
-        """Put back what has changed, and refuse a model that changes its buffers."""
+        """Put back what has changed, and refuse a model that changes its buffers.
+
+        Values that :meth:`heed` saw are not compared again unless torch has written to a buffer since.
+        """
+        if (
+            not self._odd
+            and self._versions == self._current_versions()
+            and all(module._buffers.get(name) is buffer for module, name, buffer in self._found)
+        ):
+            return
         changed = self.restore()
         if changed:
             raise RuntimeError(
                 f"the model changes its buffer {changed[0]!r} in forward: "
                 "the result would depend on the order of samples"
             )
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> list[int]:
+        return [buffer._version for buffers, _ in self._plain for buffer in buffers]
+
+    def _changed(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The buffers with other values than they had, and those."""
+        for buffers, kept in self._plain:
+            if not torch.equal(_end_to_end(buffers), kept):
+                parts = kept.split([buffer.numel() for buffer in buffers])
+                for buffer, part in zip(buffers, parts, strict=True):
+                    if not torch.equal(_end_to_end([buffer]), part):
+                        yield buffer, part.view(buffer.dtype).view(buffer.shape)
+        yield from ((buffer, value) for buffer, value in self._odd if not _same_values(buffer, value))
 
 
 @contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[_Buffers]:
-    """Leave every buffer as it was, byte for byte, whatever happens inside."""
-    buffers = _Buffers(model)
+def buffers_kept(model: nn.Module) -> Iterator[Buffers]:
+    """Leave every buffer as it was, byte for byte, if anything is raised inside; otherwise its ``check`` does."""
+    buffers = Buffers(model)
     try:
         yield buffers
-    finally:
+    except BaseException:
         buffers.restore()
+        raise
 
 
-def _same_bytes(a: Tensor, b: Tensor) -> bool:
-    if a.is_meta:
-        return True
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+_PLAIN = (*_checks.FLOAT_DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def _is_plain(buffer: Tensor) -> bool:
+    return (
+        type(buffer) is Tensor
+        and buffer.layout == torch.strided
+        and buffer.dtype in _PLAIN
+        and not (buffer.is_meta or buffer.is_inference())
+    )
+
+
+def _end_to_end(buffers: Sequence[Tensor]) -> Tensor:  # of one dtype -> integers [*]
+    """The bits of buffers, copied: integers are equal where all bits are."""
+    with torch.no_grad():
+        flat = torch.cat([buffer if buffer.dim() == 1 else buffer.reshape(-1) for buffer in buffers])
+    return flat.view(_BITS[flat.element_size()])
+
+
+def _same_values(a: Tensor, b: Tensor) -> bool:
     if not a.is_floating_point():
         return torch.equal(a, b)
     return bool(((a == b) & (a.signbit() == b.signbit()) | (a.isnan() & b.isnan())).all())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
@@ -21,9 +21,10 @@ from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
+from limpet.fisher.reading import Look
 from limpet.fisher.recorder import Key, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
-from limpet.fisher.rules.base import Split
+from limpet.fisher.rules.base import Split, prepare
 from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
@@ -67,24 +68,26 @@ class Computation:
         self.slow: dict[str, Tensor] = {}  # the parameters that go the per-sample way, from some batch on
         self.materialised: set[str] = set()  # those whose per-sample gradients are formed in some batch
 
-    def add(self, batch: Batch) -> None:
-        """Add one batch's squared gradients."""
+    def add(self, batch: Batch, looks: Sequence[Look] = ()) -> None:
+        """Add one batch's squared gradients; ``looks`` are heeded before, if it may be one of known calls."""
         with without_tf32(self._device), _uncompiled():
             batch = told_apart(self._model, batch, self._objective)
-            self.loss_scale.add(self.sums.running, self._params, partial(self._add, batch))
+            self.loss_scale.add(self.sums.running, self._params, partial(self._add, batch, looks))
         self.sums.end_batch()
 
-    def _add(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> None:
+    def _add(self, batch: Batch, looks: Sequence[Look], sums: Mapping[str, Tensor], scale: float) -> None:
         losses = None
         if len(self.slow) < len(self._params):
-            losses = self._add_fused(batch, sums, scale)
+            losses = self._add_fused(batch, looks, sums, scale)
         self._refuse_hooks(self.slow.keys())
         if self.slow:
             add_squares(self._model, batch, self._objective, self.slow, sums, losses, scale)
 
-    def _add_fused(self, batch: Batch, sums: Mapping[str, Tensor], scale: float) -> Tensor:  # [N, K]
+    def _add_fused(
+        self, batch: Batch, looks: Sequence[Look], sums: Mapping[str, Tensor], scale: float
+    ) -> Tensor:  # [N, K]
         probe = self._probe(batch) if batch.size > 1 and not self._layouts else None
-        recorder, losses = self._forward(batch)
+        recorder, losses = self._forward(batch, (self.sums, *looks) if self._plans else (self.sums,))
         if probe is None and (uses := self._planned(recorder, losses, batch.size, sums)) is not None:
             self._differentiate(losses, recorder, uses, scale)
             self._keep_plan(recorder, losses, uses, batch.size)
@@ -120,21 +123,22 @@ class Computation:
         if check is not None and self._heed(check, recorder, behind):
             for total in sums.values():
                 total.zero_()
-            return self._add_fused(batch, sums, scale)
+            return self._add_fused(batch, (), sums, scale)
         self._keep_plan(recorder, losses, uses, batch.size)
         return losses.detach()
 
     def _differentiate(self, losses: Tensor, recorder: Recorder, uses: Uses, scale: float) -> None:  # losses [N, K]
-        columns = losses.unbind(dim=1)
+        prepare(call for _, call, _ in recorder.calls)
+        columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses.squeeze(1),)  # whose gradient is a view
         for column in columns:
             last = column is columns[-1]
             gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
             uses.finish(last)
 
-    def _forward(self, batch: Batch) -> tuple[Recorder, Tensor]:  # losses [N, K]
+    def _forward(self, batch: Batch, looks: Sequence[Look] = ()) -> tuple[Recorder, Tensor]:  # losses [N, K]
         recorder = Recorder(self._names, self._declined, lambda *_: None)
         with recorder:
-            losses = losses_of(self._model, batch, self._objective)
+            losses = losses_of(self._model, batch, self._objective, looks)
         if not losses.requires_grad:
             raise RuntimeError(
                 f"the losses of batch {batch.number} do not depend on any parameter that requires a gradient: "

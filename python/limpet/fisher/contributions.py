@@ -135,13 +135,17 @@ class Vector(NamedTuple):
         )
 
     def add_to(self, total: Tensor) -> None:  # noqa: D102
-        if self.gain is None and total.is_contiguous():
+        if self.gain is not None:
+            squares, factor = self._sum(None), self.gain.square().to(total.dtype)
+            total.addcmul_(squares.view(total.shape), factor.view(total.shape) if factor.dim() else factor)
+        elif total.is_contiguous():
             self._sum(total if total.dim() == 1 else total.view(-1))
         else:
-            squares = self._sum(None)
-            if self.gain is not None:
-                squares = squares * self.gain.to(squares.dtype).square()
-            total += squares.view(total.shape)
+            total += self._sum(None).view(total.shape)
+
+    def add_squares(self, into: Tensor) -> None:  # [C]
+        """As :meth:`add_to`, without the square of the gain."""
+        self._sum(into)
 
     def _sum(self, into: Tensor | None) -> Tensor:  # [C]
         if self.input is None:

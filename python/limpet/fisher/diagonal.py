@@ -108,7 +108,7 @@ def diagonal_fisher(
     total = batch_reading.count(batches, max_samples)
     with buffers_kept(model) as buffers:
         for batch in batch_reading.up_to(batches, max_samples):
-            accumulator._add(batch, buffers.check if accumulator.num_samples == 0 else None)
+            accumulator._add(batch, buffers if accumulator.num_samples == 0 else None)
             if progress is not None:
                 progress(accumulator.num_samples, total)
         buffers.check()

@@ -49,14 +49,14 @@ class LossScale:
             add_scaled(sums, 1.0)
             return
         while True:
-            squares = {name: torch.zeros(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
+            squares = {name: torch.empty(p.shape, dtype=wide(p.dtype), device=p.device) for name, p in params.items()}
+            torch._foreach_zero_(list(squares.values()))
             add_scaled(squares, self.scale)
-            finite = all(bool(torch.isfinite(square).all()) for square in squares.values())
-            if finite or self.scale <= 1:
+            filled = [square for square in squares.values() if square.numel()]
+            if self.scale <= 1 or not filled or bool(torch.stack(torch._foreach_max(filled)).isfinite().all()):
                 break
             self.scale /= 2
-        for name, square in squares.items():
-            sums[name].add_(square, alpha=self.scale**-2)
+        torch._foreach_add_([sums[name] for name in squares], list(squares.values()), alpha=self.scale**-2)
 
 
 def _is_half(params: Mapping[str, Tensor]) -> bool:

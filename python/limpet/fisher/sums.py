@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import ItemsView, Mapping, ValuesView
+from collections.abc import ItemsView, Mapping, Sequence, ValuesView
+from itertools import islice
 from math import isfinite
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from limpet.fisher import reading
 from limpet.reference import wide
 
 _FLUSH = 256  # batches summed before they go to the totals, so that rounding grows with 256 + batches / 256
 _CHECK = 8  # batches between two looks for NaN and infinity in every sum
 _SMALL = 1 << 16  # the size of sums that may be looked at after every batch
 _FEW = 2  # of them are: the first layers' are reached by what goes wrong in any layer behind
+
+
+class _Look(NamedTuple):
+    """Of some sums, the largest elements; NaN if there is any."""
+
+    names: list[str]
+    first: int  # the first batch not looked at before
+    last: int
+    largest: tuple[Tensor, ...]  # of one element each
 
 
 class Running(dict[str, Tensor]):
@@ -50,24 +62,51 @@ class Sums:
         self.running = Running(zeros)
         self.totals: dict[str, Tensor] = {}
         self.batches = self._checked = 0
+        self._looks: list[_Look] = []  # not yet read
+        self._late = reading.waits(next(iter(params.values())).device)  # whether they are read with the next loss
         self._filled = [name for name, total in self.running.items() if total.numel()]
         self._small = [name for name in self._filled if self.running[name].numel() <= _SMALL][:_FEW]
 
     def end_batch(self) -> None:
         """Look for NaN and infinity, and keep the running sums small."""
+        self._read()
         self.batches += 1
-        self._refuse_bad(self._small, self.batches - 1)
+        self._look(self._small, self.batches - 1)
         if self.batches % _CHECK == 1:
-            self.check()
+            self._look(self._filled, self._checked)
+        if not self._late:
+            self._read()
         if self.batches % _FLUSH == 0:
             self.check()  # what has gone to the totals is not looked at again
             self._flush()
 
     def check(self) -> None:
         """Look at every sum, unless that was done after the last batch."""
+        self._read()
         if self._checked < self.batches:
-            self._refuse_bad(self._filled, self._checked)
-            self._checked = self.batches
+            self._look(self._filled, self._checked)
+            self._read()
+
+    def flags(self) -> list[Tensor]:
+        """The largest elements of the sums that are to be looked at."""
+        return [largest for look in self._looks for largest in look.largest]
+
+    def heed(self, flags: Sequence[float]) -> None:
+        """Raise if one of them is not finite, at every use from now on."""
+        values = iter(flags)
+        for look in self._looks:
+            largest = [*islice(values, len(look.names))]
+            if not all(map(isfinite, largest)):
+                name = next(name for name, value in zip(look.names, largest, strict=True) if not isfinite(value))
+                where = (
+                    f"batch {look.last}"
+                    if look.first >= look.last
+                    else f"one of the batches {look.first} to {look.last}"
+                )
+                raise RuntimeError(f"the squared gradient of {name!r} is not finite in {where}")
+            if look.names is self._filled:
+                self._checked = look.last + 1
+        self._looks.clear()
 
     def copies(self) -> dict[str, Tensor]:
         """The sums over all batches, checked; nothing changes."""
@@ -99,6 +138,7 @@ class Sums:
             total.copy_(running[name])
         self.totals = {name: torch.empty_like(self.running[name]).copy_(total) for name, total in totals.items()}
         self.batches = self._checked = batches
+        self._looks.clear()
 
     def _flush(self) -> None:
         if not self.totals:
@@ -107,13 +147,12 @@ class Sums:
             torch._foreach_add_(list(self.totals.values()), list(self.running.values()))
         torch._foreach_zero_(list(self.running.values()))
 
-    def _refuse_bad(self, names: list[str], first: int) -> None:
-        """Raise if one of these running sums is not finite; ``first`` is the first batch not yet looked at."""
-        if not names:
-            return
-        largest = [float(self.running[name].max()) for name in names]
-        if not all(map(isfinite, largest)):
-            name = next(name for name, value in zip(names, largest, strict=True) if not isfinite(value))
-            last = self.batches - 1
-            where = f"batch {last}" if first >= last else f"one of the batches {first} to {last}"
-            raise RuntimeError(f"the squared gradient of {name!r} is not finite in {where}")
+    def _look(self, names: list[str], first: int) -> None:
+        """Look at these running sums; ``first`` is the first batch that was not looked at before."""
+        if names:
+            largest = torch._foreach_max([self.running[name] for name in names])
+            self._looks.append(_Look(names, first, self.batches - 1, largest))
+
+    def _read(self) -> None:
+        if self._looks:
+            self.heed(reading.read(self.flags()))

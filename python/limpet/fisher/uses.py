@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -90,6 +90,11 @@ class Uses:
         with torch.no_grad():
             for gradient in self._all:
                 gradient.finish(last)
+            scaled = [gradient.scaled for gradient in self._all if gradient.scaled is not None]
+            if scaled:
+                _add_scaled(scaled)
+                for gradient in self._all:
+                    gradient.scaled = None
 
 
 class _Gradient:
@@ -109,13 +114,18 @@ class _Gradient:
         self._sums, self._name, self._region, self._param, self._computed = sums, name, region, param, computed
         self._count, self._whole, self._columns = count, whole, columns  # whole: of several operands, in param's shape
         self.alone = count == 1 and columns == 1 and not whole  # nearly all: nothing is joined before squaring
+        self.scaled: _Scaled | None = None  # still to be added
+        self._zeros: Tensor | None = None
         self._parts: list[tuple[Operand, Contribution]] = []
         self._squares: Tensor | None = None  # [N, O], for the input:
         self._input: Tensor | None = None  # [N, I]
 
     def take(self, operand: Operand, contribution: Contribution) -> None:
         if self.alone:
-            contribution.add_to(self.total())
+            if isinstance(contribution, Vector) and contribution.gain is not None and contribution.gain.dim() == 1:
+                self._scale_later(contribution, contribution.gain)
+            else:
+                contribution.add_to(self.total())
             return
         self._parts.append((operand, contribution))
         if len(self._parts) == self._count and not self._whole:
@@ -132,6 +142,13 @@ class _Gradient:
         """Where the squares are added; looked up at each use, see :class:`limpet.fisher.sums.Running`."""
         total = self._sums[self._name]
         return total if self._region is None else self._region.of(total)
+
+    def _scale_later(self, vector: Vector, gain: Tensor) -> None:  # gain [C]
+        total = self.total()
+        if self._zeros is None:
+            self._zeros = torch.zeros(total.shape, dtype=total.dtype, device=total.device)
+        vector.add_squares(self._zeros.view(-1))
+        self.scaled = _Scaled(total, self._zeros, gain.view(total.shape))
 
     def _add(self) -> None:
         parts, self._parts = self._parts, []
@@ -189,6 +206,21 @@ class _Gradient:
             )
             if own is not None:
                 into[n] += own.to_dense() if own.layout != torch.strided else own
+
+
+class _Scaled(NamedTuple):
+    """Squares that are added to a total after they were multiplied by the square of a gain."""
+
+    total: Tensor
+    squares: Tensor
+    gain: Tensor
+
+
+def _add_scaled(scaled: Sequence[_Scaled]) -> None:
+    """Add those of all layers in a few kernels, and leave zeros for the squares of the next batch."""
+    totals, squares, gains = map(list, zip(*scaled, strict=True))
+    torch._foreach_addcmul_(totals, squares, torch._foreach_mul(gains, gains))
+    torch._foreach_zero_(squares)
 
 
 def _fuses(kinds: Sequence[type[Contribution]]) -> bool:

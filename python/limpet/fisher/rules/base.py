@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -43,6 +43,10 @@ class Call(ABC):
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:
         """The function's value, and what backward needs."""
 
+    def preparation(self) -> Callable[[Sequence[Any]], object] | None:
+        """What computes, for several calls at a time, what their backward needs; the same function for all that can."""
+        return None
+
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:
         """The gradient at the input; not asked of calls whose input cannot have one."""
         raise TypeError(f"{self.function} has no input that a gradient could reach")
@@ -70,6 +74,17 @@ class Call(ABC):
         self.w = None if self.w is None else self.w.to(dtype)
         self.b = None if self.b is None else self.b.to(dtype)
         return x.to(dtype) if x.is_floating_point() else x
+
+
+def prepare(calls: Iterable[Call]) -> None:
+    """Prepare calls for backward, those of a kind together."""
+    kinds: dict[Callable[[Sequence[Any]], object], list[Call]] = {}
+    for call in calls:
+        preparation = call.preparation()
+        if preparation is not None:
+            kinds.setdefault(preparation, []).append(call)
+    for preparation, same in kinds.items():
+        preparation(same)
 
 
 class Match(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class _Norm(Call):
 
     weight_kind: type[Contribution] = Vector
     bias_kind = Vector
-    autocast = False
+    autocast: ClassVar[bool | None] = False
 
     def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__(names, lead, weight, bias)
@@ -139,33 +140,56 @@ def channels(rows: Tensor, dims: int) -> Tensor:  # [N, C, *] or [N, T, C, *] ->
     return rows if rows.dim() == dims else rows.movedim(1, 2)
 
 
+_Deviations = tuple[Tensor, Tensor]  # [C] each: 1 / standard deviation, and its product with the weight
+
+
+def _deviations(calls: Sequence[BatchNorm]) -> list[_Deviations]:
+    """Those of several layers, in a few kernels for all; each layer keeps its own."""
+    with torch.no_grad():
+        rstds = torch._foreach_add([call.var for call in calls], [call.eps for call in calls])
+        torch._foreach_pow_(rstds, -0.5)
+        with_weight = [(rstd, call.w) for call, rstd in zip(calls, rstds, strict=True) if call.w is not None]
+        products = iter(torch._foreach_mul(*map(list, zip(*with_weight, strict=True))) if with_weight else ())
+    found = [(rstd, rstd if call.w is None else next(products)) for call, rstd in zip(calls, rstds, strict=True)]
+    for call, own in zip(calls, found, strict=True):
+        call.known = own
+    return found
+
+
 class BatchNorm(_Norm):
     """Batch normalisation by running statistics: a fixed factor and shift per channel."""
 
     function = "batch_norm"
+    autocast = None  # statistics and parameters meet narrow activations as they are
 
     def __init__(
         self, names: Names, weight: Tensor | None, bias: Tensor | None, eps: float, mean: Tensor, var: Tensor
     ) -> None:
         super().__init__(names, 1, weight, bias, eps)
         self.mean, self.var = mean, var  # [C]
+        self.known: _Deviations | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
         y = F.batch_norm(x, self.mean, self.var, self.w, self.b, training=False, momentum=0.0, eps=self.eps)
         return y, (x,) if self.weight is not None else ()
 
-    def _rstd(self) -> Tensor:  # [C]
-        return torch.rsqrt(self.var + self.eps)
+    def preparation(self) -> Callable[[Sequence[Any]], object]:  # noqa: D102
+        return _deviations
+
+    def _rstd_and_factor(self) -> _Deviations:
+        return self.known or _deviations([self])[0]
 
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
-        factor = self._rstd() if self.w is None else self._rstd() * self.w
-        return dy * factor.to(dy.dtype).view(-1, *[1] * (dy.dim() - 2))
+        factor = self._rstd_and_factor()[1].view(-1, *[1] * (dy.dim() - 2))
+        if factor.dtype == dy.dtype:
+            return dy * factor
+        return torch.mul(dy, factor, out=torch.empty_like(dy))  # rounded once, and never whole in another dtype
 
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
         d = channels(split(dy), dy.dim())
         if self.weight is not None:
             x = channels(split(saved[0]), dy.dim())
-            yield self.weight, Vector(d, x, 1, self._rstd(), self.mean.to(wide(dy.dtype)))
+            yield self.weight, Vector(d, x, 1, self._rstd_and_factor()[0], self.mean.to(wide(dy.dtype)))
         if self.bias is not None:
             yield self.bias, Vector(d, None, 1)
 
