@@ -186,7 +186,7 @@ def whole_model_row(case: Timed) -> list[Cell]:
     model.zero_grad(set_to_none=True)
     vmap_ms: float | None
     try:
-        vmap_ms = milliseconds({"vmap": vmapped(case, model, loss, batch)}, rounds=3, graph_calls=0)["vmap"]
+        vmap_ms = milliseconds({"vmap": vmapped(case, model, loss, batch)}, rounds=2, graph_calls=0)["vmap"]
     except Exception as error:  # not every model lets itself be mapped
         print(f"vmap of {case.name}: {type(error).__name__}: {error}")
         vmap_ms = None

@@ -49,11 +49,11 @@ def kernel_launches(run: Run) -> int:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a device-to-device copy of 2 GiB, bytes read plus bytes written."""
-    source = torch.randint(0, 255, (2 << 30,), dtype=torch.uint8, device="cuda")
+    """Bytes per second of a device-to-device copy of 4 GiB, bytes read plus bytes written."""
+    source = torch.randn(1 << 30, device="cuda")
     target = torch.empty_like(source)
-    time_ms = milliseconds({"copy": lambda: target.copy_(source)}, graph_calls=1)["copy"]
-    return 2 * source.numel() / (time_ms * 1e-3)
+    runs: dict[str, Run] = {"copy": lambda: target.copy_(source), "kernel": lambda: torch.neg(source, out=target)}
+    return 2 * source.nbytes / (min(milliseconds(runs, graph_calls=1).values()) * 1e-3)
 
 
 def matrix_rate(dtype: torch.dtype) -> float:

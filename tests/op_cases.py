@@ -75,6 +75,12 @@ CONV = [
     Conv(2, 36, 72, (6, 5), (3, 3), {"padding": 1, "dilation": 2, "groups": 18}),
     Conv(3, 19, 19, (2, 2), (3, 3), {"padding": 1, "groups": 19}),
     Conv(2, 20, 40, (40,), (3,), {"groups": 20}),
+    # Many channels in a group, by each way in which a GPU unfolds them.
+    Conv(3, 20, 24, (8, 8), (3, 3), {"padding": 1}),
+    Conv(2, 36, 40, (9, 16), (3, 2), {"stride": (1, 2), "padding": (1, 0), "dilation": (2, 1), "groups": 2}),
+    Conv(2, 18, 20, (9, 10), (3, 3), {"stride": 2, "padding": 1}),
+    Conv(2, 17, 20, (30,), (5,), {"padding": 2}),
+    Conv(2, 16, 18, (3, 4, 8), (2, 3, 3), {"padding": (0, 1, 1)}),
 ]
 
 # (N, ..., C) and (N, C, ...): channels last and first.

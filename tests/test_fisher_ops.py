@@ -207,6 +207,8 @@ def test_opcheck():
         (torch.zeros(6, 2, 3, 3), cd, cx, [3, 3], [2, 1], [1, 0], [1, 2], 2),
     )
     torch.library.opcheck(library.sum_grad_squared_bias_.default, (torch.zeros(5), d[..., None]))
+    norm, rows = library.sum_grad_squared_norm_.default, torch.rand(d.shape[:2])
+    torch.library.opcheck(norm, (torch.zeros(5), torch.zeros(5), d, d, rows, rows))
     for shift in ((), (torch.ones(5),)):
         torch.library.opcheck(
             library.sum_grad_squared_scale_.default, (torch.zeros(5), d[..., None], d[..., None], *shift)

@@ -114,10 +114,17 @@ def test_a_measured_tile_gives_the_same_bits(
     assert torch.equal(ops.sum_grad_squared_linear(d, a), unmeasured)
 
 
-def test_float32_is_as_accurate_as_float32() -> None:
-    d, a = torch.randn(16, 256, 512), torch.randn(16, 256, 512)
+@pytest.mark.parametrize("places", [16, 64, 1000, 4096])
+def test_float32_is_as_accurate_as_float32(places: int) -> None:
+    d, a = torch.randn(4, places, 200), torch.randn(4, places, 300)
     want = ops.sum_grad_squared_linear(d.double(), a.double())
     assert relative_error(ops.sum_grad_squared_linear(d.cuda(), a.cuda()), want) <= 2e-6
+
+
+def test_a_convolution_in_float32_is_as_accurate_as_float32() -> None:
+    d, x = torch.randn(4, 96, 32, 32), torch.randn(4, 64, 32, 32)
+    want = ops.sum_grad_squared_conv(d.double(), x.double(), 3, padding=1)
+    assert relative_error(ops.sum_grad_squared_conv(d.cuda(), x.cuda(), 3, padding=1), want) <= 2e-6
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -152,6 +152,19 @@ else:
         with multiplying(dtype, split):
             check(fisher_conv.sum_grad_squared_conv_, tuple(want.shape), want, d, x, *arguments)
 
+    @pytest.mark.parametrize("dtype", DTYPES[1:])
+    @pytest.mark.parametrize(("n", "t"), [(3, 20), (2, 64), (5, 130)])
+    def test_blocks_read_by_the_copy_engine(n: int, t: int, dtype: torch.dtype) -> None:
+        """Whose edges the weight's are not; each sample's last block of places has zeros."""
+        d, a = (values(n, t, size, dtype=dtype, seed=size, strided=False) for size in (80, 144))
+        want = reference.sum_grad_squared_linear(d.double(), a.double())
+        with (
+            multiplying(dtype, split=True),
+            mock.patch.object(_contraction, "has_copy_engine", return_value=True) as asked,
+        ):
+            check(fisher.sum_grad_squared_linear_, (80, 144), want, d, a)
+        assert asked.called
+
     def test_samples_have_their_turn_where_copies_would_take_much(monkeypatch: pytest.MonkeyPatch) -> None:
         d, a = (values(7, 5, size, dtype=torch.float32, seed=0, strided=False) for size in (20, 30))
         want = reference.sum_grad_squared_linear(d.double(), a.double())
@@ -163,12 +176,15 @@ else:
     @few
     @given(st.integers(2, 40), st.booleans())
     def test_packing(channels: int, split: bool) -> None:
-        """In two parts of 11 bits each; what is not a number stays so."""
-        x = values(3, channels, 2, 4, 5, dtype=torch.float32, seed=0, strided=True)
+        """Patches of a kernel of two planes, in two parts of 11 bits each; what is not a number stays so."""
+        x = values(3, channels, 2, 4, 6, dtype=torch.float32, seed=0, strided=True)
         x = torch.cat([x, x.new_tensor([torch.inf, -torch.inf, torch.nan]).expand(3, channels, 2, 4, 3)], dim=4)
-        out = _packing.packed(x, (0, 1, 2), split)
-        assert out.stride(5 if split else 2) == 1
-        padded = torch.nn.functional.pad(x, (2, 2, 1, 1, 0, 0))
+        patches = _packing.Patches((1, 4, 8), (2, 3, 2), (1, 1, 1), (0, 1, 0), (1, 1, 1))
+        out = _packing.packed(x, patches, split)
+        assert patches.shifted(4) == (0, 32)
+        padded = torch.nn.functional.pad(x, (0, 0, 1, 1))
+        padded = torch.stack([padded[:, :, :, i : i + 4, j : j + 8] for i in range(3) for j in range(2)], dim=2)
+        padded = padded.flatten(3)
         if split:
             high, low = out.double()
             assert_close(torch.nan_to_num(high + low, 0, 0, 0), torch.nan_to_num(padded, 0, 0, 0), torch.float32)
@@ -198,6 +214,30 @@ else:
         shift = values(c, dtype=torch.float32, seed=2, strided=False)
         centred = reference.sum_grad_squared_scale(d.double(), x.double(), shift.double())
         check(fisher_channel.sum_grad_squared_scale_, (c,), centred, d, x, shift)
+
+    @few
+    @given(st.integers(0, 4), st.integers(0, 70), st.integers(0, 150), st.sampled_from(DTYPES), st.booleans())
+    def test_norm(n: int, t: int, c: int, dtype: torch.dtype, strided: bool) -> None:
+        d, x = (values(n, t, c, dtype=dtype, seed=seed, strided=strided) for seed in (0, 1))
+        mean, rstd = (values(n, t, dtype=torch.float32, seed=seed, strided=strided) for seed in (2, 3))
+        normalised = (x.double() - mean.double()[:, :, None]) * rstd.double()[:, :, None]
+        want = reference.sum_grad_squared_scale(d.double()[..., None], normalised[..., None])
+        bias = torch.ones(c)
+        arguments = bias, d, x, mean, rstd
+        check(fisher_channel.sum_grad_squared_norm_, (c,), want, *arguments)
+        assert_close(bias, 1 + reference.sum_grad_squared_bias(d.double()[..., None]), torch.float32)
+        check(fisher_channel.sum_grad_squared_norm_, (c,), want, bias[:0], *arguments[1:])
+
+    def test_few_samples_of_many_places() -> None:
+        """Programs share a sample's places."""
+        d, x = (values(2, 700, 40, 1, dtype=torch.float32, seed=seed, strided=False) for seed in (0, 1))
+        check(
+            fisher_channel.sum_grad_squared_scale_,
+            (40,),
+            reference.sum_grad_squared_scale(d.double(), x.double()),
+            d,
+            x,
+        )
 
     @few
     @given(st.integers(0, 4), st.integers(0, 9), st.integers(0, 40), st.sampled_from(DTYPES), st.booleans())

@@ -63,7 +63,8 @@ def linear_shared(dtype: torch.dtype) -> None:
 
 
 def linear_packed(dtype: torch.dtype) -> None:
-    _packing.packed(torch.empty(8, 50257, 1, 1, 129, dtype=dtype).transpose(1, 4), (0, 0, 0), dtype == torch.float32)
+    x = torch.empty(8, 129, 1, 1, 50257, dtype=dtype).transpose(1, 4)
+    _packing.packed(x, _packing.Patches((1, 1, 129)), dtype == torch.float32)
 
 
 def linear_single(dtype: torch.dtype) -> None:
@@ -98,6 +99,11 @@ def scale(dtype: torch.dtype) -> None:
 def scale_centred(dtype: torch.dtype) -> None:
     d = torch.empty(64, 1, 128, 256, dtype=dtype)
     fisher_channel.sum_grad_squared_scale_(torch.empty(128), d, d, torch.empty(128))
+
+
+def norm(dtype: torch.dtype) -> None:
+    d, mean = torch.empty(8, 1024, 768, dtype=dtype), torch.empty(8, 1024)
+    fisher_channel.sum_grad_squared_norm_(torch.empty(768), torch.empty(768), d, d, mean, mean)
 
 
 def embedding(dtype: torch.dtype) -> None:
@@ -162,7 +168,7 @@ def gated_backward(dtype: torch.dtype) -> None:
 
 
 LAUNCHES = (linear, linear_shared, linear_packed, linear_single, conv, conv_few_channels, conv_depthwise)
-LAUNCHES += (bias, scale, scale_centred, embedding)
+LAUNCHES += (bias, scale, scale_centred, norm, embedding)
 LAUNCHES += (path, path_without_penalty, gated, gated_channels, gated_backward)
 RESERVOIR = (reservoir_slots, reservoir_decide, reservoir_copy, sample_targets, sample_follow, gather)
 
@@ -191,7 +197,7 @@ def compiled(
                 signature[name] = POINTERS[value.dtype]
             elif isinstance(value, float):
                 signature[name] = "fp32"
-            elif isinstance(value, (bool, str)) or name.startswith("BLOCK") or value == 1:
+            elif kernel.params[index].is_constexpr or value == 1:
                 signature[name], constants[(index,)] = "constexpr", value
             else:
                 signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
@@ -202,13 +208,15 @@ def compiled(
 
     monkeypatch.setattr(JITFunction, "run", run)
 
-    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> Any:
+    def launch(launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int) -> list[Any]:
         for module in (fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "arithmetic", lambda dtype, _: arithmetic(request.param, dtype))
+        bulk = request.param.backend == "cuda" and request.param.arch >= 90
+        monkeypatch.setattr(_contraction, "has_copy_engine", lambda _: bulk)
         for module in (_contraction, fisher, fisher_conv, gated_lateral):
             monkeypatch.setattr(module, "tiles", lambda *args, tiles=module.tiles: tiles(*args)[choice:])
         launcher(dtype)
-        return kernels[-1]  # after copies of operands
+        return kernels
 
     return launch
 
@@ -256,8 +264,12 @@ CASES += [  # of bytes and integers
 def test_compiles_with_its_tiles_in_registers(
     compiled: Callable[..., Any], launcher: Callable[[torch.dtype], None], dtype: torch.dtype, choice: int
 ) -> None:
-    kernel = compiled(launcher, dtype, choice)
-    assert spilled_bytes(kernel) <= 64  # a few addresses at most; a spilled tile would be kilobytes
+    *others, kernel = compiled(launcher, dtype, choice)  # others copy operands, or add within samples
+    for each in (*others, kernel):
+        assert spilled_bytes(each) <= 64  # a few addresses at most; a spilled tile would be kilobytes
     if launcher in (linear, linear_single, conv, gated) and "ptx" in kernel.asm:  # on matrix units, float32 as well
+        assert ("cp.async.bulk.tensor" in kernel.asm["ptx"]) == (
+            launcher is linear and dtype == torch.bfloat16 and ".target sm_80" not in kernel.asm["ptx"]
+        )
         operands = r"bf16|kind::f16" if dtype == torch.bfloat16 and launcher is not linear_single else "tf32"
         assert re.search(rf"mma\.\S*({operands})\b", kernel.asm["ptx"])

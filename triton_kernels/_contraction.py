@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._packing import ALIGNED, packed, packed_bytes
+from limpet.triton_kernels._packing import ALIGNED, VECTOR_BYTES, Patches, packed, packed_bytes
 from limpet.triton_kernels._tiles import (
     SPLIT_TF32,
     VECTOR_UNITS,
     Arithmetic,
     Tile,
+    has_copy_engine,
     merge_cost,
     share,
     store_tile,
@@ -26,42 +23,18 @@ from limpet.triton_kernels._tuning import launch
 PACKED_BYTES = 2**28
 
 
-class Patches(NamedTuple):
-    """How output places look at the input, in three dimensions; those of a linear layer look at themselves."""
-
-    kernel: Sequence[int] = (1, 1, 1)
-    stride: Sequence[int] = (1, 1, 1)
-    padding: Sequence[int] = (0, 0, 0)
-    dilation: Sequence[int] = (1, 1, 1)
-
-    @property
-    def are_places(self) -> bool:
-        """Whether every output place is the input place of the same number."""
-        return max(self.kernel) == max(self.stride) == 1 and max(self.padding) == 0
-
-
 @triton.jit
 def contraction_kernel(
     d_ptr,  # [parts, N, groups rows, T]
-    x_ptr,  # [parts, N, groups columns, X0, X1, X2], with its padding
-    partial_ptr,  # [shares, K0 K1 K2, groups rows, columns], contiguous; [groups rows, columns], added to, if ADD
+    x_ptr,  # [parts, N, groups columns, U, T and what the next places of the kernel see]
+    partial_ptr,  # [shares, K, groups rows, columns], contiguous; [groups rows, columns], added to, if ADD
     N,
-    T,  # Y0 Y1 Y2
+    T,
     rows,  # of a group
     columns,  # channels of a group
-    Y1,
-    Y2,
-    inverse_Y1,  # 1 / Y1
-    inverse_Y2,
-    K0,
-    K1,
-    K2,
-    step0,
-    step1,
-    step2,
-    dilation0,
-    dilation1,
-    dilation2,
+    K,  # places of the kernel
+    U,  # of them in copies of their own
+    shift,  # between those that share a copy; a multiple of VECTOR
     d_stride_part,
     d_stride_n,
     d_stride_o,
@@ -69,31 +42,28 @@ def contraction_kernel(
     x_stride_part,
     x_stride_n,
     x_stride_c,
-    x_stride_0,
-    x_stride_1,
-    x_stride_2,
+    x_stride_u,
+    x_stride_t,
     groups,
     samples_each,
     PRECISION: tl.constexpr,
     SPLIT: tl.constexpr,  # float32 in two parts
-    PATCHES: tl.constexpr,  # or output places are input places
     ONCE: tl.constexpr,  # T <= BLOCK_T
     ADD: tl.constexpr,
+    BULK: tl.constexpr,  # read by the copy engine: without groups, channels innermost, one copy
+    VECTOR: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """``partial[s,o,c,k] = sum_{n in share s} (sum_t d[n,o,t] x[n,c,t step + k dilation])^2``, one place k a program.
+    """``partial[s,k,o,c] = sum_{n in share s} (sum_t d[n,o,t] x[n,c,k,t])^2``, one place k of the kernel a program.
 
     The gradient of a sample exists only as a tile in registers: it is squared and added when its last place
-    is in. Samples and places are one loop, so that the loads of the next sample overlap the products of this one. As
-    every column of a tile looks at the same place k of the kernel, an address is a part that depends on the channel
-    plus one that depends on the output place.
+    is in. Samples and places are one loop, so that the loads of the next sample overlap the products of this one.
     """
-    kernel_places = K0 * K1 * K2
     tiles_i, tiles_o = tl.cdiv(columns, BLOCK_I), tl.cdiv(rows, BLOCK_O)
-    k = tl.program_id(0) % kernel_places
-    tile = tl.program_id(0) // kernel_places
+    k = tl.program_id(0) % K
+    tile = tl.program_id(0) // K
     group = tile // (tiles_i * tiles_o)
     o = tile // tiles_i % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)  # [BLOCK_O]
     c = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
@@ -103,12 +73,15 @@ def contraction_kernel(
 
     # Offsets are 64 bits wide: an index times a stride may pass 2**31.
     d_row = d_ptr + (group * rows + o).to(tl.int64) * d_stride_o
-    x_column = x_ptr + (group * columns + c).to(tl.int64) * x_stride_c
-    if PATCHES:
-        x_column += (k // (K1 * K2) * dilation0).to(tl.int64) * x_stride_0
-        x_column += (k // K2 % K1 * dilation1).to(tl.int64) * x_stride_1
-        x_column += (k % K2 * dilation2).to(tl.int64) * x_stride_2
+    x_column = x_ptr + (group * columns + c).to(tl.int64) * x_stride_c + (k % U).to(tl.int64) * x_stride_u
+    x_column += tl.multiple_of(k // U * shift, VECTOR)
+    d_tile = d_row[:, None] + places.to(tl.int64)[None, :] * d_stride_t
+    x_tile = x_column[:, None] + places.to(tl.int64)[None, :] * x_stride_t
     o_in, c_in = (o < rows)[:, None], (c < columns)[:, None]
+    o_first, c_first = tile // tiles_i % tiles_o * BLOCK_O, tile % tiles_i * BLOCK_I
+    if BULK:
+        d_block = tl.make_tensor_descriptor(d_ptr, [N, T, rows], [d_stride_n, d_stride_t, 1], [1, BLOCK_T, BLOCK_O])
+        x_block = tl.make_tensor_descriptor(x_ptr, [N, T, columns], [x_stride_n, x_stride_t, 1], [1, BLOCK_T, BLOCK_I])
 
     grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
     squares = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
@@ -116,25 +89,20 @@ def contraction_kernel(
     for step in range(samples * blocks):
         n = (first + step // blocks).to(tl.int64)
         start = step % blocks * BLOCK_T
-        t = start + places
-        if PATCHES:
-            y01 = _divide(t, Y2, inverse_Y2)
-            y0 = _divide(y01, Y1, inverse_Y1)
-            x_at = (y0 * step0).to(tl.int64) * x_stride_0
-            x_at += ((y01 - y0 * Y1) * step1).to(tl.int64) * x_stride_1
-            x_at += ((t - y01 * Y2) * step2).to(tl.int64) * x_stride_2
+        t_in = (start + places < T)[None, :]
+        at = start.to(tl.int64)
+        d_at, x_at = n * d_stride_n + at * d_stride_t, n * x_stride_n + at * x_stride_t
+        if BULK:
+            d = d_block.load([first + step // blocks, start, o_first]).reshape(BLOCK_T, BLOCK_O).trans()
+            x = x_block.load([first + step // blocks, start, c_first]).reshape(BLOCK_T, BLOCK_I).trans()
         else:
-            x_at = t.to(tl.int64) * x_stride_2
-        d_tile = d_row[:, None] + (n * d_stride_n + t.to(tl.int64) * d_stride_t)[None, :]
-        x_tile = x_column[:, None] + (n * x_stride_n + x_at)[None, :]
-        d_in, x_in = o_in & (t < T)[None, :], c_in & (t < T)[None, :]
-        d = tl.load(d_tile, mask=d_in, other=0.0)  # [BLOCK_O, BLOCK_T]
-        x = tl.load(x_tile, mask=x_in, other=0.0)  # [BLOCK_I, BLOCK_T]
+            d = tl.load(d_tile + d_at, mask=o_in & t_in, other=0.0)  # [BLOCK_O, BLOCK_T]
+            x = tl.load(x_tile + x_at, mask=c_in & t_in, other=0.0)  # [BLOCK_I, BLOCK_T]
         if SPLIT:
             # Matrix units cut off bits when they add: a block's products are summed apart, the small ones first, and
             # blocks are added by the vector units. The product of two low parts is below float32's last bit.
-            low_d = tl.load(d_tile + d_stride_part, mask=d_in, other=0.0)
-            low_x = tl.load(x_tile + x_stride_part, mask=x_in, other=0.0)
+            low_d = tl.load(d_tile + (d_at + d_stride_part), mask=o_in & t_in, other=0.0)
+            low_x = tl.load(x_tile + (x_at + x_stride_part), mask=c_in & t_in, other=0.0)
             block = tl.dot(low_d, x.trans(), input_precision="tf32")
             block = tl.dot(d, low_x.trans(), block, input_precision="tf32")
             block = tl.dot(d, x.trans(), block, input_precision="tf32")
@@ -152,93 +120,89 @@ def contraction_kernel(
                 squares += grad * grad
                 grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
 
-    weight = ((tl.program_id(1).to(tl.int64) * kernel_places + k) * groups + group) * rows * columns
+    weight = ((tl.program_id(1).to(tl.int64) * K + k) * groups + group) * rows * columns
     store_tile(partial_ptr + weight, squares, o, c, rows, columns, ADD)
 
 
-@triton.jit
-def _divide(value, divisor, inverse):
-    """``value // divisor`` for quotients below 2^22, by a product: a division takes longer than the rest of an address."""
-    quotient = (value.to(tl.float32) * inverse).to(tl.int32)
-    rest = value - quotient * divisor
-    return tl.where(rest < 0, quotient - 1, tl.where(rest >= divisor, quotient + 1, quotient))
-
-
 def contract_(
-    total: Tensor,  # [O, C / groups, K0, K1, K2], float32
+    total: Tensor,  # [O, C / groups, K], float32, contiguous
     output_grad: Tensor,  # [N, O, T]
     input: Tensor,  # [N, C, X0, X1, X2]
-    output_size: Sequence[int],
     patches: Patches,
     groups: int,
     units: Arithmetic,
 ) -> None:
     """Add the squares of all samples' gradients."""
-    split, unpadded = units == SPLIT_TF32, Patches().padding
-    grads = output_grad[:, :, None, None, :]
-    copy_grads = split or not _in_vectors(grads, units, channels_innermost=False)
-    copy_input = split or max(patches.padding) > 0
-    copy_input = copy_input or not _in_vectors(input, units, channels_innermost=not patches.are_places)
-    bytes_each = packed_bytes(grads, unpadded, split) * copy_grads
-    bytes_each += packed_bytes(input, patches.padding, split) * copy_input
-    step = max(1, PACKED_BYTES // bytes_each) if bytes_each else len(input)
+    split = units == SPLIT_TF32
+    grads, places = output_grad[:, :, None, None, :], Patches((1, 1, output_grad.shape[2]))
+    copy_grads = split or not _in_vectors(output_grad, units)
+    copy_input = split or not (patches.are_places and _in_vectors(input.flatten(2), units))
+    bytes_each = packed_bytes(grads, places, split) * copy_grads + packed_bytes(input, patches, split) * copy_input
+    turns = triton.cdiv(bytes_each * len(input), PACKED_BYTES) or 1
+    step = triton.cdiv(len(input), turns)
     for start in range(0, len(input), step):
         d, x = grads[start : start + step], input[start : start + step]
-        d = packed(d, unpadded, split) if copy_grads else d[None]
-        x = packed(x, patches.padding, split) if copy_input else x[None]
-        _launch(total, d[:, :, :, 0, 0], x, output_size, patches, groups, units)
+        d = packed(d, places, split)[:, :, :, 0] if copy_grads else d[None, :, :, 0, 0]
+        x = packed(x, patches, split) if copy_input else x.flatten(2)[None, :, :, None]
+        _launch(total, d, x, patches, groups, units)
 
 
-def _in_vectors(x: Tensor, units: Arithmetic, *, channels_innermost: bool) -> bool:  # [N, C, X0, X1, X2]
+def _in_vectors(x: Tensor, units: Arithmetic) -> bool:  # [N, C, T]
     """Whether rows of ``x`` lie in memory so that whole vectors of 16-bit values are read."""
-    if units == VECTOR_UNITS:  # has no such rows
+    if units == VECTOR_UNITS:  # have none
         return True
-    sizes, strides = x.shape, x.stride()
-    inner = 1 if strides[1] == 1 or channels_innermost else 4
-    others = (stride for i, stride in enumerate(strides) if i != inner and sizes[i] > 1)
-    return strides[inner] == 1 and all(stride % ALIGNED == 0 for stride in others) and x.data_ptr() % 16 == 0
+    inner = 1 if x.stride(1) == 1 else 2
+    strides = [stride for i, stride in enumerate(x.stride()) if i != inner and x.shape[i] > 1]
+    return x.stride(inner) == 1 and all(stride % ALIGNED == 0 for stride in strides) and x.data_ptr() % 16 == 0
+
+
+def _in_bulk(x: Tensor) -> bool:  # [1, N, C, T] or [1, N, C, 1, T]
+    """Whether the copy engine of a GPU of compute capability 9 on can read ``x``: 16-bit values, channels innermost."""
+    strides = x.stride(1), x.stride(-1)
+    return (
+        x.element_size() == 2
+        and x.stride(2) == 1
+        and all(stride > 0 and stride % (VECTOR_BYTES // 2) == 0 for stride in strides)
+        and x.data_ptr() % VECTOR_BYTES == 0
+        and has_copy_engine(x.device)
+    )
 
 
 def _launch(
-    total: Tensor,  # [O, C / groups, K0, K1, K2], float32
+    total: Tensor,  # [O, C / groups, K], float32, contiguous
     d: Tensor,  # [parts, N, O, T]
-    x: Tensor,  # [parts, N, C, X0, X1, X2], with its padding
-    output_size: Sequence[int],
+    x: Tensor,  # [parts, N, C, U, P]
     patches: Patches,
     groups: int,
     units: Arithmetic,
 ) -> None:
-    samples, places, (_, Y1, Y2) = d.shape[1], d.shape[3], output_size
-    rows, columns = total.shape[0] // groups, total.shape[1]
-    kernel_places = math.prod(patches.kernel)
-    split = units == SPLIT_TF32
+    samples, places = d.shape[1], d.shape[3]
+    rows, columns, K = total.shape[0] // groups, total.shape[1], total.shape[2]
+    _, shift = patches.shifted(x.element_size())
     block = min(units.places, max(16, triton.next_power_of_2(places)))
     blocks = tiles(units, rows, columns, block)
-    programs = blocks[0].count(rows, columns) * groups * kernel_places
+    programs = blocks[0].count(rows, columns) * groups * K
     each, shares = share(samples, programs, merge_cost(units, places))
-    # Tiles of one place of the kernel lie apart: a weight's elements would be written one by one.
-    weight = total.flatten(1) if kernel_places == 1 else total.new_empty(kernel_places, *total.shape[:2])
-    add = shares == 1 and kernel_places == 1
-    partial = weight if shares == 1 else weight.new_empty(shares, *weight.shape)
+    # The tiles of a place of the kernel lie together: a weight's elements would be written one by one.
+    partial = total.flatten(1) if K == 1 else total.new_empty(K, *total.shape[:2])
+    add = shares == 1 and K == 1
+    partial = partial if shares == 1 else partial.new_empty(shares, *partial.shape)
     launch(
         contraction_kernel,
         blocks,
-        (
-            d, x, partial, samples, places, rows, columns, Y1, Y2, 1.0 / Y1, 1.0 / Y2, *patches.kernel, *patches.stride,
-            *patches.dilation, *d.stride(), *x.stride(), groups, each,
-        ),
+        (d, x, partial, samples, places, rows, columns, K, x.shape[3], shift, *d.stride(), *x.stride(), groups, each),
         {
-            "PRECISION": units.input_precision, "SPLIT": split, "PATCHES": not patches.are_places,
-            "ONCE": places <= block, "ADD": add,
+            "PRECISION": units.input_precision, "SPLIT": units == SPLIT_TF32, "ONCE": places <= block, "ADD": add,
+            "BULK": K == 1 and _in_bulk(d) and _in_bulk(x), "VECTOR": VECTOR_BYTES // x.element_size(),
         },
-        weight=(groups * kernel_places, rows, columns),
+        weight=(groups * K, rows, columns),
         shares=shares,
         places=places,
         samples=samples,
     )  # fmt: skip
     if not add:
         summed = partial if shares == 1 else partial.sum(dim=0)
-        total += summed.movedim(0, 2).view_as(total) if kernel_places > 1 else summed.view_as(total)
+        total += summed[:, :, None] if K == 1 else summed.movedim(0, 2)
 
 
 def tiles(units: Arithmetic, rows: int, columns: int, places: int) -> tuple[Tile, ...]:

@@ -1,8 +1,10 @@
-"""Operands of a contraction copied to where matrix units read them as they are: padded, reordered, in parts."""
+"""Operands of a contraction copied as matrix units read them: places innermost, in parts, patches unfolded."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -12,22 +14,60 @@ from limpet.triton_kernels._tiles import OPTIONS
 
 BLOCK_CHANNELS, BLOCK_PLACES = 32, 64  # of a program
 ALIGNED = 16  # elements: rows start where whole vectors are read
+VECTOR_BYTES = 16
+
+
+class Patches(NamedTuple):
+    """How output places look at the input, in three dimensions; those of a linear layer look at themselves."""
+
+    output: Sequence[int]
+    kernel: Sequence[int] = (1, 1, 1)
+    stride: Sequence[int] = (1, 1, 1)
+    padding: Sequence[int] = (0, 0, 0)
+    dilation: Sequence[int] = (1, 1, 1)
+
+    @property
+    def are_places(self) -> bool:
+        """Whether every output place is the input place of the same number."""
+        return max(self.kernel) == max(self.stride) == 1 and max(self.padding) == 0
+
+    def shifted(self, itemsize: int) -> tuple[int | None, int]:
+        """The dimension along which other places of the kernel see the same copy, and how many elements further on.
+
+        Along the outermost dimension an output's rows lie one after the other, so that those which the kernel's next
+        place sees are a row further: where that is whole vectors of ``itemsize`` bytes each. Other dimensions need a
+        copy for each place of the kernel.
+        """
+        lead = next((i for i in range(2) if self.output[i] > 1 or self.kernel[i] > 1), 2)
+        shift = self.dilation[lead] * math.prod(self.output[lead + 1 :])
+        if lead < 2 and self.stride[lead] == 1 and shift * itemsize % VECTOR_BYTES == 0:
+            return lead, shift
+        return None, 0
 
 
 @triton.jit
 def pack_kernel(
     x_ptr,  # [N, C, X0, X1, X2]
-    out_ptr,  # [parts, N, C, P] by its strides; the P places are [P0, P1, P2], x with zeros around
+    out_ptr,  # [parts, N, C, U0, U1, U2, P], contiguous but for gaps after P places, which are [P0, P1, P2]
     C,
     X0,
     X1,
     X2,
+    U0,
+    U1,
+    U2,
     P0,
     P1,
     P2,
+    step0,
+    step1,
+    step2,
     pad0,
     pad1,
     pad2,
+    dilation0,
+    dilation1,
+    dilation2,
     x_stride_n,
     x_stride_c,
     x_stride_0,
@@ -36,27 +76,33 @@ def pack_kernel(
     out_stride_part,
     out_stride_n,
     out_stride_c,
-    out_stride_p,
+    out_stride_u,
     SPLIT: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Copy; if SPLIT, float32 as a sum of two tf32 values.
+    """``out[n,c,u,p] = x[n,c,p step - pad + u dilation]``; if SPLIT, float32 as a sum of two tf32 values.
 
     ``x = high + low`` up to ``2^-22 |x|``: ``high`` is ``x`` rounded to tf32's 11 bits, ``low`` what is left, rounded
     so too. Values that are not finite stay so.
     """
     places = P0 * P1 * P2
     blocks_p, blocks_c = tl.cdiv(places, BLOCK_P), tl.cdiv(C, BLOCK_C)
-    n = (tl.program_id(0) // (blocks_p * blocks_c)).to(tl.int64)
     p = tl.program_id(0) % blocks_p * BLOCK_P + tl.arange(0, BLOCK_P)  # [BLOCK_P]
-    c = tl.program_id(0) // blocks_p % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
-    x0, x1, x2 = p // (P1 * P2) - pad0, p // P2 % P1 - pad1, p % P2 - pad2
+    rest = tl.program_id(0) // blocks_p
+    u = rest % (U0 * U1 * U2)
+    rest = rest // (U0 * U1 * U2)
+    c = rest % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    n = (rest // blocks_c).to(tl.int64)
+    x0 = p // (P1 * P2) * step0 + u // (U1 * U2) * dilation0 - pad0
+    x1 = p // P2 % P1 * step1 + u // U2 % U1 * dilation1 - pad1
+    x2 = p % P2 * step2 + u % U2 * dilation2 - pad2
     inside = (x0 >= 0) & (x0 < X0) & (x1 >= 0) & (x1 < X1) & (x2 >= 0) & (x2 < X2)
     at = n * x_stride_n + x0.to(tl.int64) * x_stride_0 + x1.to(tl.int64) * x_stride_1 + x2.to(tl.int64) * x_stride_2
     c_in = (c < C)[:, None]
     x = tl.load(x_ptr + c.to(tl.int64)[:, None] * x_stride_c + at[None, :], mask=c_in & inside[None, :], other=0.0)
-    out = out_ptr + n * out_stride_n + c.to(tl.int64)[:, None] * out_stride_c + p.to(tl.int64)[None, :] * out_stride_p
+    out = out_ptr + n * out_stride_n + u.to(tl.int64) * out_stride_u + c.to(tl.int64)[:, None] * out_stride_c
+    out += p[None, :]
     out_in = c_in & (p < places)[None, :]
     if SPLIT:
         high = _tf32(x)
@@ -75,31 +121,39 @@ def _tf32(x):
 
 def packed(
     x: Tensor,  # [N, C, X0, X1, X2]
-    padding: Sequence[int],
+    patches: Patches,
     split: bool,
-) -> Tensor:  # [parts, N, C, P0, P1, P2], a view
-    """``x`` padded with zeros: in one part with channels innermost, or ``split`` into two with places innermost."""
+) -> Tensor:  # [parts, N, C, U, P], a view
+    """What the output's places see: a copy ``u`` for each place of the kernel, but along ``patches.shifted``.
+
+    Along that dimension copies hold the input with its padding. ``split`` makes two parts of float32.
+    """
+    copies, places = _copies_and_places(patches, x.element_size())
+    total = math.prod(places)
     samples, channels, *sizes = x.shape
-    padded = [size + 2 * pad for size, pad in zip(sizes, padding, strict=True)]
-    places = padded[0] * padded[1] * padded[2]
-    if split:
-        length = triton.cdiv(places, ALIGNED) * ALIGNED
-        out = x.new_empty(2, samples, channels, length)[..., :places]
-    else:
-        length = triton.cdiv(channels, ALIGNED) * ALIGNED
-        out = x.new_empty(1, samples, places, length)[..., :channels].transpose(2, 3)
+    length = triton.cdiv(total, ALIGNED) * ALIGNED
+    out = x.new_empty(2 if split else 1, samples, channels, math.prod(copies), length)[..., :total]
     if x.numel():
-        grid = (samples * triton.cdiv(places, BLOCK_PLACES) * triton.cdiv(channels, BLOCK_CHANNELS),)
-        pack_kernel[grid](
-            x, out, channels, *sizes, *padded, *padding, *x.stride(), *out.stride(),
-            SPLIT=split, BLOCK_C=BLOCK_CHANNELS, BLOCK_P=BLOCK_PLACES, num_warps=4, **OPTIONS,
+        blocks = triton.cdiv(total, BLOCK_PLACES) * triton.cdiv(channels, BLOCK_CHANNELS)
+        pack_kernel[(samples * out.shape[3] * blocks,)](
+            x, out, channels, *sizes, *copies, *places, *patches.stride, *patches.padding, *patches.dilation,
+            *x.stride(), *out.stride()[:4], SPLIT=split, BLOCK_C=BLOCK_CHANNELS, BLOCK_P=BLOCK_PLACES, num_warps=4,
+            **OPTIONS,
         )  # fmt: skip
-    return out.unflatten(3, padded)
+    return out
 
 
-def packed_bytes(x: Tensor, padding: Sequence[int], split: bool) -> int:  # [N, C, X0, X1, X2]
-    """About how much memory a sample's copy takes."""
-    places = 1
-    for size, pad in zip(x.shape[2:], padding, strict=True):
-        places *= size + 2 * pad
-    return (2 if split else 1) * x.shape[1] * places * x.element_size()
+def packed_bytes(x: Tensor, patches: Patches, split: bool) -> int:  # [N, C, X0, X1, X2]
+    """About how much memory a sample's copies take."""
+    copies, places = _copies_and_places(patches, x.element_size())
+    return (2 if split else 1) * x.shape[1] * math.prod(copies) * math.prod(places) * x.element_size()
+
+
+def _copies_and_places(patches: Patches, itemsize: int) -> tuple[list[int], list[int]]:
+    """For each dimension, how many places of the kernel have copies of their own, and how many places a copy has."""
+    copies, places = list(patches.kernel), list(patches.output)
+    lead, _ = patches.shifted(itemsize)
+    if lead is not None:
+        places[lead] += (copies[lead] - 1) * patches.dilation[lead]
+        copies[lead] = 1
+    return copies, places

@@ -40,13 +40,19 @@ def arithmetic(dtype: torch.dtype, device: torch.device) -> Arithmetic:
     """How inputs of ``dtype`` are multiplied on ``device``."""
     if dtype != torch.float32:
         return MATRIX_UNITS
-    return SPLIT_TF32 if _has_tf32(device) else VECTOR_UNITS
+    return SPLIT_TF32 if _has_capability(device, 8) else VECTOR_UNITS
 
 
 @functools.cache
-def _has_tf32(device: torch.device) -> bool:
-    """Whether the device is an NVIDIA GPU of compute capability 8 or more (the CUDA device may be AMD's, too)."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+def _has_capability(device: torch.device, least: int) -> bool:
+    """Whether the device is an NVIDIA GPU of that compute capability or more (the CUDA device may be AMD's, too)."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    return nvidia and torch.cuda.get_device_capability(device) >= (least, 0)
+
+
+def has_copy_engine(device: torch.device) -> bool:
+    """Whether blocks of a tensor are copied to shared memory by one instruction."""
+    return _has_capability(device, 9)
 
 
 class Tile(NamedTuple):

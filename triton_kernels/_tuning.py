@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -57,7 +58,21 @@ def launch(
 
     shape = (*weight, places) if shape is None else shape
     key = (kernel, device, arguments[0].dtype, *shape, *constants.values())
-    work = math.prod(weight) * places * samples
+    copy_context().run(_launch, kernel, tiles, grid, key, arguments, constants, math.prod(weight) * places * samples)
+
+
+def _launch(
+    kernel: Any,
+    tiles: tuple[Tile, ...],
+    grid: Callable[[Mapping[str, Any]], tuple[int, int]],
+    key: tuple[Any, ...],
+    arguments: Sequence[Any],
+    constants: Mapping[str, Any],
+    work: int,
+) -> None:
+    """In a context of its own, where Triton gets the memory of its descriptors from torch."""
+    device = arguments[0].device
+    triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
     if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
         tuner = _tuner(kernel, tiles)
         tuner[grid](*arguments, **constants, **OPTIONS)

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._contraction import Patches, contract_
+from limpet.triton_kernels._contraction import contract_
+from limpet.triton_kernels._packing import Patches
 from limpet.triton_kernels._tiles import (
     add_partial_sums_,
     arithmetic,
@@ -83,8 +84,7 @@ def sum_grad_squared_linear_(
         return
     if T > 1:
         d, x = output_grad.transpose(1, 2), input.transpose(1, 2)[:, :, None, None]
-        weight = total[:, :, None, None, None]
-        contract_(weight, d, x, (1, 1, T), Patches(), 1, arithmetic(d.dtype, total.device))
+        contract_(total[:, :, None], d, x, Patches((1, 1, T)), 1, arithmetic(d.dtype, total.device))
         return
     units = arithmetic(torch.float32, total.device)  # squares of 16-bit inputs need more than 16 bits
     blocks = tiles(units, rows, columns)

@@ -1,4 +1,8 @@
-"""The Fisher sums of biases and scales: reductions of each sample's places, squared and added."""
+"""The Fisher sums of biases and scales: reductions of each sample's places, squared and added.
+
+Samples may be few and their places many: programs share a sample's places, write their sums, and a second kernel adds
+these, squares and adds over samples, in order.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import OPTIONS, add_partial_sums_, partial_sums, share
+from limpet.triton_kernels._tiles import OPTIONS, PROCESSORS
+
+ENOUGH = 8 * PROCESSORS  # programs that fill a large GPU
 
 
 @triton.jit
-def channel_kernel(
+def sums_kernel(
     d_ptr,  # [N, A, C, B]
-    x_ptr,  # [N, A, C, B]; not read unless SCALE
-    shift_ptr,  # [C], contiguous; not read unless CENTRED
-    partial_ptr,  # [shares, C], contiguous; [C], added to, if ADD
+    x_ptr,  # [N, A, C, B]; read if SCALE
+    shift_ptr,  # [C], contiguous; read if CENTRED
+    mean_ptr,  # [N, B], contiguous; read if NORM
+    rstd_ptr,  # [N, B], contiguous; read if NORM
+    sums_ptr,  # [1 or 2, N, chunks, C], contiguous
     N,
     A,
     C,
@@ -27,51 +35,79 @@ def channel_kernel(
     x_stride_a,
     x_stride_c,
     x_stride_b,
-    samples_each,
+    chunks,
+    blocks_each,
     SCALE: tl.constexpr,
     CENTRED: tl.constexpr,
+    NORM: tl.constexpr,
+    BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    ADD: tl.constexpr,
 ):
-    """``partial[s,c] = sum_{n in share s} (sum_{a,b} d[n,a,c,b] (x[n,a,c,b] - shift[c]))^2``.
+    """``sums[n,s,c] = sum_{a,b in chunk s} d[n,a,c,b] f(x[n,a,c,b])``; if BIAS, the sums of ``d`` alone behind them.
 
-    Without SCALE the second factor is 1, without CENTRED the shift is 0.
+    ``f`` is 1 without SCALE, ``(x - shift[c])`` if CENTRED, ``(x - mean[n,b]) rstd[n,b]`` if NORM (A is 1 then).
     """
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     b = tl.arange(0, BLOCK_B)
-    first = tl.program_id(1) * samples_each
+    n = (tl.program_id(1) // chunks).to(tl.int64)
+    chunk = tl.program_id(1) % chunks
     blocks_b = tl.cdiv(B, BLOCK_B)
-    d_tile = d_ptr + c.to(tl.int64)[:, None] * d_stride_c + b.to(tl.int64)[None, :] * d_stride_b
-    x_tile = x_ptr + c.to(tl.int64)[:, None] * x_stride_c + b.to(tl.int64)[None, :] * x_stride_b
+    d_tile = d_ptr + n * d_stride_n + c.to(tl.int64)[:, None] * d_stride_c + b.to(tl.int64)[None, :] * d_stride_b
+    x_tile = x_ptr + n * x_stride_n + c.to(tl.int64)[:, None] * x_stride_c + b.to(tl.int64)[None, :] * x_stride_b
     if CENTRED:
         shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[:, None]
 
-    squares = tl.zeros((BLOCK_C,), tl.float32)
-    for sample in range(first, tl.minimum(first + samples_each, N)):
-        n = tl.cast(sample, tl.int64)
-        grad = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
-        for step in range(A * blocks_b):
-            a = tl.cast(step // blocks_b, tl.int64)
-            start = tl.cast(step % blocks_b * BLOCK_B, tl.int64)
-            inside = (c < C)[:, None] & (start + b < B)[None, :]
-            d = tl.load(d_tile + (n * d_stride_n + a * d_stride_a + start * d_stride_b), mask=inside, other=0.0).to(
-                tl.float32
-            )
-            if SCALE:
-                x = tl.load(x_tile + (n * x_stride_n + a * x_stride_a + start * x_stride_b), mask=inside, other=0.0)
-                x = x.to(tl.float32)
-                if CENTRED:
-                    x -= shift
-                d *= x
-            grad += d
-        total = tl.sum(grad, axis=1)
-        squares += total * total
+    grad = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
+    bias = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
+    for step in range(chunk * blocks_each, tl.minimum((chunk + 1) * blocks_each, A * blocks_b)):
+        a = tl.cast(step // blocks_b, tl.int64)
+        start = tl.cast(step % blocks_b * BLOCK_B, tl.int64)
+        b_in = start + b < B
+        inside = (c < C)[:, None] & b_in[None, :]
+        d = tl.load(d_tile + (a * d_stride_a + start * d_stride_b), mask=inside, other=0.0).to(tl.float32)
+        if BIAS:
+            bias += d
+        if SCALE:
+            x = tl.load(x_tile + (a * x_stride_a + start * x_stride_b), mask=inside, other=0.0).to(tl.float32)
+            if CENTRED:
+                x -= shift
+            if NORM:
+                at = n * B + start + b
+                x -= tl.load(mean_ptr + at, mask=b_in, other=0.0)[None, :]
+                x *= tl.load(rstd_ptr + at, mask=b_in, other=0.0)[None, :]
+            d *= x
+        grad += d
 
-    out = partial_ptr + tl.program_id(1).to(tl.int64) * C + c
-    if ADD:
-        squares += tl.load(out, mask=c < C, other=0.0)
-    tl.store(out, squares, mask=c < C)
+    out = sums_ptr + tl.program_id(1).to(tl.int64) * C + c
+    tl.store(out, tl.sum(grad, axis=1), mask=c < C)
+    if BIAS:
+        tl.store(out + tl.cast(N, tl.int64) * chunks * C, tl.sum(bias, axis=1), mask=c < C)
+
+
+@triton.jit
+def squares_kernel(
+    sums_ptr,  # [N, chunks, C], contiguous
+    total_ptr,  # [C], contiguous, added to
+    N,
+    chunks,
+    C,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """``total[c] += sum_n (sum_s sums[n,s,c])^2``."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
+    squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for first in range(0, N, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        row = sums_ptr + (n.to(tl.int64) * chunks)[:, None] * C + c[None, :]
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+        for chunk in range(chunks):
+            grad += tl.load(row + tl.cast(chunk, tl.int64) * C, mask=inside, other=0.0)
+        squares += grad * grad
+    total = tl.load(total_ptr + c, mask=c < C, other=0.0)
+    tl.store(total_ptr + c, total + tl.sum(squares, axis=0), mask=c < C)
 
 
 def _add_channel_sums_(
@@ -79,6 +115,8 @@ def _add_channel_sums_(
     d: Tensor,  # [N, A, C, B]
     x: Tensor | None = None,  # [N, A, C, B]
     shift: Tensor | None = None,  # [C], float32
+    norm: tuple[Tensor, Tensor] | None = None,  # [N, A B] each, float32, one of A and B being 1
+    bias_total: Tensor | None = None,  # [C], float32
 ) -> None:
     if d.numel() == 0:
         return
@@ -92,16 +130,20 @@ def _add_channel_sums_(
     else:
         block_b = min(512, triton.next_power_of_2(B))
         block_c = min(2048 // block_b, triton.next_power_of_2(C))
-    programs = triton.cdiv(C, block_c)
-    each, shares = share(N, programs, 2 / (A * B))  # a partial sum against the places it sums
-    partial = partial_sums(total, shares)
-    channel_kernel[(programs, shares)](
-        d, d if x is None else x, total if shift is None else shift, partial,
-        N, A, C, B, *d.stride(), *(d if x is None else x).stride(), each,
-        SCALE=x is not None, CENTRED=shift is not None, BLOCK_C=block_c, BLOCK_B=block_b, ADD=shares == 1,
-        num_warps=4, **OPTIONS,
+    columns, blocks = triton.cdiv(C, block_c), A * triton.cdiv(B, block_b)
+    each = triton.cdiv(blocks, min(blocks, triton.cdiv(ENOUGH, columns * N)))
+    chunks = triton.cdiv(blocks, each)
+    sums = total.new_empty(1 if bias_total is None else 2, N, chunks, C)
+    mean, rstd = norm or (total, total)
+    sums_kernel[(columns, N * chunks)](
+        d, d if x is None else x, total if shift is None else shift, mean, rstd, sums,
+        N, A, C, B, *d.stride(), *(d if x is None else x).stride(), chunks, each,
+        SCALE=x is not None, CENTRED=shift is not None, NORM=norm is not None, BIAS=bias_total is not None,
+        BLOCK_C=block_c, BLOCK_B=block_b, num_warps=4, **OPTIONS,
     )  # fmt: skip
-    add_partial_sums_(total, partial)
+    rows = min(32, triton.next_power_of_2(N))
+    for part, into in zip(sums, (total, bias_total), strict=False):
+        squares_kernel[(triton.cdiv(C, 32),)](part, into, N, chunks, C, BLOCK_N=rows, BLOCK_C=32, **OPTIONS)
 
 
 def sum_grad_squared_bias_(
@@ -120,3 +162,17 @@ def sum_grad_squared_scale_(
 ) -> None:
     """Add ``sum_n (sum_{a,b} d[n,a,:,b] (x[n,a,:,b] - shift))^2`` to ``total``."""
     _add_channel_sums_(total, output_grad, input, shift)
+
+
+def sum_grad_squared_norm_(
+    total: Tensor,  # [C], float32
+    bias_total: Tensor,  # [C], float32, or [0]
+    output_grad: Tensor,  # [N, T, C]
+    input: Tensor,  # [N, T, C]
+    mean: Tensor,  # [N, T], float32
+    rstd: Tensor,  # [N, T], float32
+) -> None:
+    """Add ``sum_n (sum_t d[n,t,:] (x[n,t,:] - mean[n,t]) rstd[n,t])^2`` to ``total``, the bias's to its own."""
+    d, x = output_grad.unsqueeze(3), input.unsqueeze(3)
+    bias = bias_total if bias_total.numel() else None
+    _add_channel_sums_(total, d, x, norm=(mean.contiguous(), rstd.contiguous()), bias_total=bias)

@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._contraction import Patches, contract_
+from limpet.triton_kernels._contraction import contract_
+from limpet.triton_kernels._packing import Patches
 from limpet.triton_kernels._tiles import (
     add_partial_sums_,
     arithmetic,
@@ -147,10 +148,7 @@ def sum_grad_squared_conv_(
     pads = [0] * missing + list(padding)
     units = arithmetic(d.dtype, total.device)
     if total.shape[1] >= NARROW:
-        patches = Patches(kernel, steps, pads, dilations)
-        if patches.are_places:
-            x, places = x.flatten(2)[:, :, None, None], [1, 1, d.shape[2]]
-        contract_(total.view(*total.shape[:2], *kernel), d, x, places, patches, groups, units)
+        contract_(total.flatten(2), d, x, Patches(places, kernel, steps, pads, dilations), groups, units)
         return
     rows, columns = d.shape[1] // groups, total[0].numel()
     units = units._replace(places=min(32, units.places))

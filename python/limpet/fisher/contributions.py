@@ -252,4 +252,8 @@ def add_tied(matrix: Matrix, table: Table, total: Tensor) -> None:  # total [V, 
     read = d.gather(2, at.unsqueeze(1).expand(-1, d.shape[1], -1))  # [N, P, T]
     m = torch.bmm(read.to(e.dtype).mT, h.to(e.dtype))  # [N, T, E]
     s = torch.bmm((at.unsqueeze(2) == at.unsqueeze(1)).to(e.dtype), e)  # [N, T, E]
-    total.index_add_(0, at.flatten(), ((2 * m + s) * e).flatten(0, 1))
+    rows = ((2 * m + s) * e).flatten(0, 1)
+    if total.is_cuda:  # where it adds equal rows in order, and index_add_ in any
+        total.index_put_((at.flatten(),), rows, accumulate=True)
+    else:
+        total.index_add_(0, at.flatten(), rows)

@@ -53,10 +53,29 @@ define(
     fake=_fake,
 )
 
+
+def _norm_default(
+    total: Tensor, bias_total: Tensor, output_grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor
+) -> None:
+    """The scale of the normalised activation."""
+    normalised = (input.to(total.dtype) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
+    scale(total, output_grad.to(total.dtype).unsqueeze(3), normalised.unsqueeze(3))
+    if bias_total.numel():
+        bias(bias_total, output_grad.unsqueeze(3))
+
+
+define(
+    "sum_grad_squared_norm_(Tensor(a!) total, Tensor(b!) bias_total, Tensor output_grad, Tensor input, Tensor mean, "
+    "Tensor rstd) -> ()",
+    default=_norm_default,
+    fake=_fake,
+)
+
 linear = torch.ops.limpet.sum_grad_squared_linear_.default
 conv = torch.ops.limpet.sum_grad_squared_conv_.default
 bias = torch.ops.limpet.sum_grad_squared_bias_.default
 scale = torch.ops.limpet.sum_grad_squared_scale_.default
+norm = torch.ops.limpet.sum_grad_squared_norm_.default
 embedding = torch.ops.limpet.sum_grad_squared_embedding_.default
 
 
@@ -67,6 +86,7 @@ for _kind, _module in (
     ("conv", "fisher_conv"),
     ("bias", "fisher_channel"),
     ("scale", "fisher_channel"),
+    ("norm", "fisher_channel"),
     ("embedding", "fisher_embedding"),
 ):
     serve_by_triton(f"sum_grad_squared_{_kind}_", f"limpet.triton_kernels.{_module}")

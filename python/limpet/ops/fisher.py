@@ -327,12 +327,12 @@ def sum_grad_squared_norm(
         _checks.same_device(name, value, "output_grad", d)
     total = _total(into, d.shape[-1:], d)
     bias_total = None if bias_into is None else _total(bias_into, d.shape[-1:], d, "bias_into")
-    normalised = (x.to(dtype) - mean).mul_(rstd)
-    launch.scale(
-        total, _channels_last_or_first("output_grad", d.to(dtype), -1), _channels_last_or_first("", normalised, -1)
+    places = d.shape[0], _product(d.shape[1:-1])
+    launch.norm(
+        total,
+        total.new_empty(0) if bias_total is None else bias_total,
+        *(_one_place_dim(d), _one_place_dim(x), mean.reshape(places), rstd.reshape(places)),
     )
-    if bias_total is not None:
-        launch.bias(bias_total, _channels_last_or_first("output_grad", d, -1))
     return total
 
 
