@@ -15,7 +15,7 @@ HEADS = 2
 
 
 def causal(x: Tensor, length: int = LENGTH) -> Tensor:  # [T, T], -inf above the diagonal
-    return nn.Transformer.generate_square_subsequent_mask(length, dtype=x.dtype)
+    return nn.Transformer.generate_square_subsequent_mask(length, device=x.device, dtype=x.dtype)
 
 
 def with_padding(n: int) -> tuple[Any, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -12,8 +14,10 @@ from limpet.triton_kernels._tiles import (
     VECTOR_UNITS,
     Arithmetic,
     Tile,
+    cdiv,
     has_copy_engine,
     merge_cost,
+    next_power_of_2,
     share,
     store_tile,
 )
@@ -138,8 +142,8 @@ def contract_(
     copy_grads = split or not _in_vectors(output_grad, units)
     copy_input = split or not (patches.are_places and _in_vectors(input.flatten(2), units))
     bytes_each = packed_bytes(grads, places, split) * copy_grads + packed_bytes(input, patches, split) * copy_input
-    turns = triton.cdiv(bytes_each * len(input), PACKED_BYTES) or 1
-    step = triton.cdiv(len(input), turns)
+    turns = cdiv(bytes_each * len(input), PACKED_BYTES) or 1
+    step = cdiv(len(input), turns)
     for start in range(0, len(input), step):
         d, x = grads[start : start + step], input[start : start + step]
         d = packed(d, places, split)[:, :, :, 0] if copy_grads else d[None, :, :, 0, 0]
@@ -179,7 +183,7 @@ def _launch(
     samples, places = d.shape[1], d.shape[3]
     rows, columns, K = total.shape[0] // groups, total.shape[1], total.shape[2]
     _, shift = patches.shifted(x.element_size())
-    block = min(units.places, max(16, triton.next_power_of_2(places)))
+    block = min(units.places, max(16, next_power_of_2(places)))
     blocks = tiles(units, rows, columns, block)
     programs = blocks[0].count(rows, columns) * groups * K
     each, shares = share(samples, programs, merge_cost(units, places))
@@ -190,7 +194,8 @@ def _launch(
     launch(
         contraction_kernel,
         blocks,
-        (d, x, partial, samples, places, rows, columns, K, x.shape[3], shift, *d.stride(), *x.stride(), groups, each),
+        (d, x, partial),
+        (samples, places, rows, columns, K, x.shape[3], shift, *d.stride(), *x.stride(), groups, each),
         {
             "PRECISION": units.input_precision, "SPLIT": units == SPLIT_TF32, "ONCE": places <= block, "ADD": add,
             "BULK": K == 1 and _in_bulk(d) and _in_bulk(x), "VECTOR": VECTOR_BYTES // x.element_size(),
@@ -205,6 +210,7 @@ def _launch(
         total += summed[:, :, None] if K == 1 else summed.movedim(0, 2)
 
 
+@functools.lru_cache(maxsize=4096)
 def tiles(units: Arithmetic, rows: int, columns: int, places: int) -> tuple[Tile, ...]:
     """Tiles for a ``[rows, columns]`` weight, the one to use unmeasured first; measured on an H200.
 
@@ -218,7 +224,7 @@ def tiles(units: Arithmetic, rows: int, columns: int, places: int) -> tuple[Tile
         if split
         else [(128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 128, 8)]
     )
-    most_rows, most_columns = (max(16, triton.next_power_of_2(size)) for size in (rows, columns))
+    most_rows, most_columns = (max(16, next_power_of_2(size)) for size in (rows, columns))
     found: dict[tuple[int, int], Tile] = {}
     for tile_rows, tile_columns, warps in sizes:
         size = min(tile_rows, most_rows), min(tile_columns, most_columns)

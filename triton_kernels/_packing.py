@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import OPTIONS
+from limpet.triton_kernels._tiles import cdiv
+from limpet.triton_kernels._tuning import run
 
 BLOCK_CHANNELS, BLOCK_PLACES = 32, 64  # of a program
 ALIGNED = 16  # elements: rows start where whole vectors are read
@@ -20,11 +21,11 @@ VECTOR_BYTES = 16
 class Patches(NamedTuple):
     """How output places look at the input, in three dimensions; those of a linear layer look at themselves."""
 
-    output: Sequence[int]
-    kernel: Sequence[int] = (1, 1, 1)
-    stride: Sequence[int] = (1, 1, 1)
-    padding: Sequence[int] = (0, 0, 0)
-    dilation: Sequence[int] = (1, 1, 1)
+    output: tuple[int, ...]
+    kernel: tuple[int, ...] = (1, 1, 1)
+    stride: tuple[int, ...] = (1, 1, 1)
+    padding: tuple[int, ...] = (0, 0, 0)
+    dilation: tuple[int, ...] = (1, 1, 1)
 
     @property
     def are_places(self) -> bool:
@@ -129,18 +130,24 @@ def packed(
     Along that dimension copies hold the input with its padding. ``split`` makes two parts of float32.
     """
     copies, places = _copies_and_places(patches, x.element_size())
-    total = math.prod(places)
+    total, unfolded = math.prod(places), math.prod(copies)
     samples, channels, *sizes = x.shape
-    length = triton.cdiv(total, ALIGNED) * ALIGNED
-    out = x.new_empty(2 if split else 1, samples, channels, math.prod(copies), length)[..., :total]
+    length = cdiv(total, ALIGNED) * ALIGNED
+    out = x.new_empty(2 if split else 1, samples, channels, unfolded, length)
     if x.numel():
-        blocks = triton.cdiv(total, BLOCK_PLACES) * triton.cdiv(channels, BLOCK_CHANNELS)
-        pack_kernel[(samples * out.shape[3] * blocks,)](
-            x, out, channels, *sizes, *copies, *places, *patches.stride, *patches.padding, *patches.dilation,
-            *x.stride(), *out.stride()[:4], SPLIT=split, BLOCK_C=BLOCK_CHANNELS, BLOCK_P=BLOCK_PLACES, num_warps=4,
-            **OPTIONS,
+        blocks = cdiv(total, BLOCK_PLACES) * cdiv(channels, BLOCK_CHANNELS)
+        run(
+            pack_kernel,
+            (samples * unfolded * blocks,),
+            (x, out),
+            (
+                channels, *sizes, *copies, *places, *patches.stride, *patches.padding, *patches.dilation,
+                *x.stride(), *out.stride()[:4],
+            ),
+            {"SPLIT": split, "BLOCK_C": BLOCK_CHANNELS, "BLOCK_P": BLOCK_PLACES},
+            num_warps=4,
         )  # fmt: skip
-    return out
+    return out[..., :total]
 
 
 def packed_bytes(x: Tensor, patches: Patches, split: bool) -> int:  # [N, C, X0, X1, X2]
@@ -149,6 +156,7 @@ def packed_bytes(x: Tensor, patches: Patches, split: bool) -> int:  # [N, C, X0,
     return (2 if split else 1) * x.shape[1] * math.prod(copies) * math.prod(places) * x.element_size()
 
 
+@functools.lru_cache(maxsize=4096)
 def _copies_and_places(patches: Patches, itemsize: int) -> tuple[list[int], list[int]]:
     """For each dimension, how many places of the kernel have copies of their own, and how many places a copy has."""
     copies, places = list(patches.kernel), list(patches.output)

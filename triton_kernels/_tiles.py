@@ -21,6 +21,16 @@ PROCESSORS = 132
 OPTIONS = {"enable_fp_fusion": True}
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up; Triton's own takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(size: int) -> int:
+    """The least power of two that is not below ``size``."""
+    return 1 << max(0, size - 1).bit_length()
+
+
 class Arithmetic(NamedTuple):
     """How a kernel multiplies."""
 
@@ -71,7 +81,7 @@ class Tile(NamedTuple):
 
     def count(self, rows: int, columns: int) -> int:
         """Tiles of a ``[rows, columns]`` weight."""
-        return triton.cdiv(rows, self.rows) * triton.cdiv(columns, self.columns)
+        return cdiv(rows, self.rows) * cdiv(columns, self.columns)
 
 
 def tiles(units: Arithmetic, rows: int, columns: int) -> tuple[Tile, ...]:
@@ -82,8 +92,8 @@ def tiles(units: Arithmetic, rows: int, columns: int) -> tuple[Tile, ...]:
     the tile get the next power of two. Two more come into question for large weights: smaller ones, of which
     more are in flight, and ones twice as large, which read one operand half as often but leave tf32's parts no room.
     """
-    block_rows = min(128, max(16, triton.next_power_of_2(rows)))
-    block_columns = min(64, max(16, triton.next_power_of_2(columns)))
+    block_rows = min(128, max(16, next_power_of_2(rows)))
+    block_columns = min(64, max(16, next_power_of_2(columns)))
     area = block_rows * block_columns
     first = Tile(block_rows, block_columns, units.places, 8 if area > 4096 else 4 if area > 1024 else 2)
     if area < 128 * 64:
@@ -102,12 +112,12 @@ def share(samples: int, programs: int, merge: float) -> tuple[int, int]:
     """
 
     def cost(shares: int) -> float:
-        busiest = max(2, triton.cdiv(programs * shares, PROCESSORS))
-        return busiest * triton.cdiv(samples, shares) + (merge * shares * programs / PROCESSORS if shares > 1 else 0.0)
+        busiest = max(2, cdiv(programs * shares, PROCESSORS))
+        return busiest * cdiv(samples, shares) + (merge * shares * programs / PROCESSORS if shares > 1 else 0.0)
 
     shares = min(range(1, max(1, min(samples, 8 * PROCESSORS // programs)) + 1), key=cost)
-    each = triton.cdiv(samples, shares)
-    return each, triton.cdiv(samples, each)
+    each = cdiv(samples, shares)
+    return each, cdiv(samples, each)
 
 
 def merge_cost(units: Arithmetic, places: int) -> float:

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-from limpet.triton_kernels._tiles import OPTIONS, Tile
+from limpet.triton_kernels._tiles import OPTIONS, Tile, cdiv
 
 # Products in a launch from which on measuring pays: below, a launch takes some ten microseconds with any tile.
 WORTH_TUNING = 2**30
@@ -22,13 +23,18 @@ WORTH_TUNING = 2**30
 # Names of a kernel's arguments that make up a shape; how many samples there are does not matter.
 KEYS = ("rows", "columns", "T", "Y0", "Y1", "Y2")
 
+ALIGNMENT = 16  # bytes; what Triton asks of an address
+MOST_COMPILED = 4096  # calls that are remembered
+
 _fastest: dict[tuple[Any, ...], Tile] = {}
+_compiled: dict[tuple[Any, ...], tuple[Any, list[str]]] = {}  # and the names of the constants, in order
 
 
 def launch(
     kernel: Any,
     tiles: tuple[Tile, ...],
-    arguments: Sequence[Any],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
     constants: Mapping[str, Any],
     *,
     weight: tuple[int, int, int],
@@ -40,9 +46,10 @@ def launch(
     """Run ``kernel`` on a grid of tiles by shares of the samples.
 
     Args:
-        kernel: takes ``arguments``, ``constants`` and the tile's BLOCK_O, BLOCK_I and BLOCK_T.
+        kernel: takes ``tensors``, ``numbers``, ``constants`` and the tile's BLOCK_O, BLOCK_I and BLOCK_T.
         tiles: the first is used where nothing was measured.
-        arguments: the kernel's, by position; the first is a tensor.
+        tensors: the kernel's, by position; the first says where to launch.
+        numbers: the kernel's, by position.
         constants: the kernel's, by name.
         weight: groups, and the rows and columns of one of them.
         shares: programs that share a tile's samples.
@@ -51,14 +58,15 @@ def launch(
         shape: what the fastest tile depends on, where that is not all of ``weight`` and ``places``.
     """
     groups, rows, columns = weight
-    device = arguments[0].device
+    device = tensors[0].device
 
     def grid(options: Mapping[str, Any]) -> tuple[int, int]:
-        return groups * triton.cdiv(rows, options["BLOCK_O"]) * triton.cdiv(columns, options["BLOCK_I"]), shares
+        return groups * cdiv(rows, options["BLOCK_O"]) * cdiv(columns, options["BLOCK_I"]), shares
 
     shape = (*weight, places) if shape is None else shape
-    key = (kernel, device, arguments[0].dtype, *shape, *constants.values())
-    copy_context().run(_launch, kernel, tiles, grid, key, arguments, constants, math.prod(weight) * places * samples)
+    key = (kernel, device, tensors[0].dtype, *shape, *constants.values())
+    work = math.prod(weight) * places * samples
+    copy_context().run(_launch, kernel, tiles, grid, key, tensors, numbers, constants, work)
 
 
 def _launch(
@@ -66,20 +74,57 @@ def _launch(
     tiles: tuple[Tile, ...],
     grid: Callable[[Mapping[str, Any]], tuple[int, int]],
     key: tuple[Any, ...],
-    arguments: Sequence[Any],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
     constants: Mapping[str, Any],
     work: int,
 ) -> None:
     """In a context of its own, where Triton gets the memory of its descriptors from torch."""
-    device = arguments[0].device
+    device = tensors[0].device
     triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
     if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
         tuner = _tuner(kernel, tiles)
-        tuner[grid](*arguments, **constants, **OPTIONS)
+        tuner[grid](*tensors, *numbers, **constants, **OPTIONS)
         best = tuner.best_config.kwargs
         _fastest[key] = next(t for t in tiles if best == {k: t.options[k] for k in best})
         return
-    kernel[grid](*arguments, **constants, **_fastest.get(key, tiles[0]).options, **OPTIONS)
+    options = _fastest.get(key, tiles[0]).options
+    launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
+    run(kernel, grid(options), tensors, numbers, {**constants, **options}, **launched)
+
+
+def run(
+    kernel: Any,
+    grid: tuple[int, ...],
+    tensors: Sequence[Tensor],
+    numbers: Sequence[float],
+    constants: Mapping[str, Any],
+    **launched: int,
+) -> None:
+    """Run ``kernel``; at a second call with the same numbers, as Triton had compiled it for the first.
+
+    Triton looks at each argument to find what it compiled, which takes as long as ten launches for a kernel of thirty.
+
+    Args:
+        kernel: takes ``tensors`` and ``numbers`` by position, ``constants`` by name, in this order.
+        grid: programs, in one or two dimensions.
+        tensors: the first says where to launch.
+        numbers: integers and floats.
+        constants: what the kernel is compiled for.
+        launched: Triton's options.
+    """
+    addresses = [(tensor.dtype, tensor.data_ptr() % ALIGNMENT) for tensor in tensors]
+    key = (kernel, tensors[0].device, *addresses, *numbers, *constants.values(), *launched.values())
+    found = _compiled.get(key)
+    if found is not None:
+        compiled, names = found
+        compiled[(*grid, 1, 1)[:3]](*tensors, *numbers, *map(constants.__getitem__, names))
+        return
+    compiled = kernel[grid](*tensors, *numbers, **constants, **launched, **OPTIONS)
+    if len(_compiled) >= MOST_COMPILED:
+        _compiled.clear()
+    if compiled is not None:  # as it is in the interpreter
+        _compiled[key] = compiled, kernel.arg_names[len(tensors) + len(numbers) :]
 
 
 def can_measure(device: torch.device) -> bool:

@@ -94,7 +94,8 @@ def sum_grad_squared_linear_(
     launch(
         linear_single_kernel,
         blocks,
-        (d, a, partial, N, rows, columns, *d.stride(), *a.stride(), each),
+        (d, a, partial),
+        (N, rows, columns, *d.stride(), *a.stride(), each),
         {"PRECISION": units.input_precision, "ADD": shares == 1},
         weight=(1, rows, columns),
         shares=shares,

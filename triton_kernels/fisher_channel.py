@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import OPTIONS, PROCESSORS
+from limpet.triton_kernels._tiles import PROCESSORS, cdiv, next_power_of_2
+from limpet.triton_kernels._tuning import run
 
 ENOUGH = 8 * PROCESSORS  # programs that fill a large GPU
 
@@ -125,25 +126,39 @@ def _add_channel_sums_(
     N, A, C, B = d.shape
     # A block is 2048 elements of one sample, longest along the dimension that lies densest in memory.
     if d.stride(2) < d.stride(3):
-        block_c = min(128, triton.next_power_of_2(C))
-        block_b = min(2048 // block_c, triton.next_power_of_2(B))
+        block_c = min(128, next_power_of_2(C))
+        block_b = min(2048 // block_c, next_power_of_2(B))
     else:
-        block_b = min(512, triton.next_power_of_2(B))
-        block_c = min(2048 // block_b, triton.next_power_of_2(C))
-    columns, blocks = triton.cdiv(C, block_c), A * triton.cdiv(B, block_b)
-    each = triton.cdiv(blocks, min(blocks, triton.cdiv(ENOUGH, columns * N)))
-    chunks = triton.cdiv(blocks, each)
+        block_b = min(512, next_power_of_2(B))
+        block_c = min(2048 // block_b, next_power_of_2(C))
+    columns, blocks = cdiv(C, block_c), A * cdiv(B, block_b)
+    each = cdiv(blocks, min(blocks, cdiv(ENOUGH, columns * N)))
+    chunks = cdiv(blocks, each)
     sums = total.new_empty(1 if bias_total is None else 2, N, chunks, C)
     mean, rstd = norm or (total, total)
-    sums_kernel[(columns, N * chunks)](
-        d, d if x is None else x, total if shift is None else shift, mean, rstd, sums,
-        N, A, C, B, *d.stride(), *(d if x is None else x).stride(), chunks, each,
-        SCALE=x is not None, CENTRED=shift is not None, NORM=norm is not None, BIAS=bias_total is not None,
-        BLOCK_C=block_c, BLOCK_B=block_b, num_warps=4, **OPTIONS,
+    run(
+        sums_kernel,
+        (columns, N * chunks),
+        (d, d if x is None else x, total if shift is None else shift, mean, rstd, sums),
+        (
+            N, A, C, B, *d.stride(), *(d if x is None else x).stride(), chunks, each,
+        ),
+        {
+            "SCALE": x is not None, "CENTRED": shift is not None, "NORM": norm is not None,
+            "BIAS": bias_total is not None, "BLOCK_C": block_c, "BLOCK_B": block_b,
+        },
+        num_warps=4,
     )  # fmt: skip
-    rows = min(32, triton.next_power_of_2(N))
+    rows = min(32, next_power_of_2(N))
     for part, into in zip(sums, (total, bias_total), strict=False):
-        squares_kernel[(triton.cdiv(C, 32),)](part, into, N, chunks, C, BLOCK_N=rows, BLOCK_C=32, **OPTIONS)
+        run(
+            squares_kernel,
+            (cdiv(C, 32),),
+            (part, into),
+            (N, chunks, C),
+            {"BLOCK_N": rows, "BLOCK_C": 32},
+            num_warps=4,
+        )
 
 
 def sum_grad_squared_bias_(

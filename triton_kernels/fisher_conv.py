@@ -148,7 +148,7 @@ def sum_grad_squared_conv_(
     pads = [0] * missing + list(padding)
     units = arithmetic(d.dtype, total.device)
     if total.shape[1] >= NARROW:
-        contract_(total.flatten(2), d, x, Patches(places, kernel, steps, pads, dilations), groups, units)
+        contract_(total.flatten(2), d, x, Patches(*map(tuple, (places, kernel, steps, pads, dilations))), groups, units)
         return
     rows, columns = d.shape[1] // groups, total[0].numel()
     units = units._replace(places=min(32, units.places))
@@ -158,8 +158,9 @@ def sum_grad_squared_conv_(
     launch(
         conv_kernel,
         blocks,
+        (d, x, partial),
         (
-            d, x, partial, d.shape[0], rows, columns, x.shape[1] // groups, groups, *places, *x.shape[2:],
+            d.shape[0], rows, columns, x.shape[1] // groups, groups, *places, *x.shape[2:],
             *kernel, *steps, *pads, *dilations, *d.stride(), *x.stride(), each,
         ),
         {"PRECISION": units.input_precision, "PADDED": any(pads), "ADD": shares == 1},

@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import OPTIONS
+from limpet.triton_kernels._tiles import cdiv, next_power_of_2
+from limpet.triton_kernels._tuning import run
 
 
 @triton.jit
@@ -66,8 +67,12 @@ def sum_grad_squared_embedding_(
     torch._assert_async((rows[0] >= 0) & (rows[-1] < total.shape[0]), "indices must be rows of the table")
     ends = torch.searchsorted(rows, rows, right=True)
     T, E = output_grad.shape[1:]
-    block = min(256, triton.next_power_of_2(E))
-    embedding_kernel[(rows.numel(), triton.cdiv(E, block))](
-        output_grad, rows, places, ends, total, T, E, *output_grad.stride(), padding_idx,
-        BLOCK_E=block, num_warps=4, **OPTIONS,
-    )  # fmt: skip
+    block = min(256, next_power_of_2(E))
+    run(
+        embedding_kernel,
+        (rows.numel(), cdiv(E, block)),
+        (output_grad, rows, places, ends, total),
+        (T, E, *output_grad.stride(), padding_idx),
+        {"BLOCK_E": block},
+        num_warps=4,
+    )

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from limpet._channels import add_input_grad_, aligned, matrix, weight_grad
-from limpet.triton_kernels._tiles import OPTIONS, arithmetic, tiles
+from limpet.triton_kernels._tiles import OPTIONS, arithmetic, cdiv, tiles
 from limpet.triton_kernels._tuning import launch
 
 GROUP = 8  # tiles of rows that are computed side by side, so that they share the weight's in the cache
@@ -149,15 +149,13 @@ def gated_lateral(
         return y, product
     count, columns, *strides = _geometry(matrix(h, channel_dim, last))
     units = arithmetic(x.dtype, x.device)
-    if strides[1] != 1:
+    if strides[2] != 1:  # channels do not lie side by side
         units = units._replace(places=min(32, units.places))
     launch(
         forward_kernel,
         tiles(units, count, columns),
-        (
-            *(h, x, weight, weight if bias is None else bias.contiguous(), y, product),
-            *(count, columns, *strides, *weight.stride()),
-        ),
+        (h, x, weight, weight if bias is None else bias.contiguous(), y, product),
+        (count, columns, *strides, *weight.stride()),
         {"PRECISION": units.input_precision, "BIAS": bias is not None, "KEEP": keep_product, "GROUP": GROUP},
         weight=(1, count, columns),
         shares=1,
@@ -188,7 +186,7 @@ def gated_lateral_backward(
     )
     inputs = matrix(h, channel_dim, last)
     count, columns, *strides = _geometry(inputs)
-    grid = triton.cdiv(count, BLOCK_ROWS), triton.cdiv(columns, BLOCK_CHANNELS)
+    grid = cdiv(count, BLOCK_ROWS), cdiv(columns, BLOCK_CHANNELS)
     sums = x.new_empty((grid[0] if want_bias else 0, columns), dtype=torch.float32)
     if x.numel():
         backward_kernel[grid](

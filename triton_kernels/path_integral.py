@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from limpet import _launch
-from limpet.triton_kernels._tiles import OPTIONS
+from limpet.triton_kernels._tiles import OPTIONS, cdiv
 
 BLOCK = 1024  # elements of a program, 8 a thread
 
@@ -59,7 +59,7 @@ def path_integral_update_(
     for tensors in zip(*lists, strict=True):
         numel = tensors[0].numel()
         if numel > 0:
-            grid = (triton.cdiv(numel, BLOCK),)
+            grid = (cdiv(numel, BLOCK),)
             path_integral_kernel[grid](*tensors, numel, strength, PENALTY=penalty, BLOCK=BLOCK, num_warps=4, **OPTIONS)
     for original, copy in copies:
         original.copy_(copy)

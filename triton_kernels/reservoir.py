@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from limpet.triton_kernels._tiles import OPTIONS
+from limpet.triton_kernels._tiles import OPTIONS, cdiv, next_power_of_2
 
 BLOCK = 1024  # items of a program
 ROW_BYTES = 4096  # copied at a time
@@ -170,7 +170,7 @@ def reservoir_slots_(
     """Where each of the next items goes."""
     count = slots.numel()
     if count:
-        slots_kernel[(triton.cdiv(count, BLOCK),)](slots, seen, count, capacity, seed, BLOCK=BLOCK, **OPTIONS)
+        slots_kernel[(cdiv(count, BLOCK),)](slots, seen, count, capacity, seed, BLOCK=BLOCK, **OPTIONS)
 
 
 def reservoir_insert_(
@@ -185,7 +185,7 @@ def reservoir_insert_(
     if count == 0:
         return
     slots = torch.empty(count, dtype=torch.int64, device=items.device)
-    decide_kernel[(triton.cdiv(count, BLOCK),)](slots, items, seen, count, items.numel(), seed, BLOCK=BLOCK, **OPTIONS)
+    decide_kernel[(cdiv(count, BLOCK),)](slots, items, seen, count, items.numel(), seed, BLOCK=BLOCK, **OPTIONS)
     for rows, new in zip(map(_bytes, stored), map(_bytes, batch), strict=True):
         if rows.numel():
             copy_kernel[(count,)](rows, new, slots, items, seen, rows.shape[1], BLOCK_BYTES=_at_once(rows), **OPTIONS)
@@ -202,8 +202,8 @@ def sample_without_replacement_(
     count = sample.numel()
     if count:
         targets = torch.empty_like(sample)
-        targets_kernel[(triton.cdiv(count, BLOCK),)](targets, population, count, seed, draw, BLOCK=BLOCK, **OPTIONS)
-        follow_kernel[(triton.cdiv(count, 128),)](sample, targets, count, BLOCK=128, **OPTIONS)
+        targets_kernel[(cdiv(count, BLOCK),)](targets, population, count, seed, draw, BLOCK=BLOCK, **OPTIONS)
+        follow_kernel[(cdiv(count, 128),)](sample, targets, count, BLOCK=128, **OPTIONS)
 
 
 def gather_rows_(
@@ -223,4 +223,4 @@ def _bytes(rows: Tensor) -> Tensor:  # [n, *] -> [n, row_bytes] uint8, the same 
 
 
 def _at_once(rows: Tensor) -> int:  # [n, row_bytes]
-    return min(ROW_BYTES, triton.next_power_of_2(rows.shape[1]))
+    return min(ROW_BYTES, next_power_of_2(rows.shape[1]))
