@@ -165,6 +165,19 @@ else:
             check(fisher.sum_grad_squared_linear_, (80, 144), want, d, a)
         assert asked.called
 
+    @pytest.mark.parametrize("groups", [1, 2])
+    def test_a_convolution_of_one_place_with_channels_last(groups: int) -> None:
+        """A linear layer to the copy engine, unless it has groups."""
+        d, x = (torch.randn(3, channels, 4, 5).bfloat16() for channels in (64, 96))
+        d, x = (t.to(memory_format=torch.channels_last) for t in (d, x))
+        arguments = [1, 1], [1, 1], [0, 0], [1, 1], groups
+        want = reference.sum_grad_squared_conv(d.double(), x.double(), *arguments)
+        with (
+            multiplying(torch.bfloat16, split=True),
+            mock.patch.object(_contraction, "has_copy_engine", return_value=True),
+        ):
+            check(fisher_conv.sum_grad_squared_conv_, tuple(want.shape), want, d, x, *arguments)
+
     def test_samples_have_their_turn_where_copies_would_take_much(monkeypatch: pytest.MonkeyPatch) -> None:
         d, a = (values(7, 5, size, dtype=torch.float32, seed=0, strided=False) for size in (20, 30))
         want = reference.sum_grad_squared_linear(d.double(), a.double())

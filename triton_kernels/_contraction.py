@@ -198,7 +198,7 @@ def _launch(
         (samples, places, rows, columns, K, x.shape[3], shift, *d.stride(), *x.stride(), groups, each),
         {
             "PRECISION": units.input_precision, "SPLIT": units == SPLIT_TF32, "ONCE": places <= block, "ADD": add,
-            "BULK": K == 1 and _in_bulk(d) and _in_bulk(x), "VECTOR": VECTOR_BYTES // x.element_size(),
+            "BULK": K == groups == 1 and _in_bulk(d) and _in_bulk(x), "VECTOR": VECTOR_BYTES // x.element_size(),
         },
         weight=(groups * K, rows, columns),
         shares=shares,
