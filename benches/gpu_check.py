@@ -26,8 +26,8 @@ from gpu_report import Report, Table
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu-check"
-PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-q"]
-GPU_TESTS = [*PYTEST, "-m", "gpu"]
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--tb", "short"]
+GPU_TESTS = [*PYTEST, "-m", "gpu", "-v"]  # a line a test: what has failed is in the log even if time runs out
 GPU_FILES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_gpu*.py"))
 # Without torch's caching allocator every tensor is an allocation of its own, and a read past its end is seen. float32
 # alone covers each kernel's addressing; a CUDA graph cannot allocate so.
@@ -53,7 +53,7 @@ def phases(results: Path) -> list[list[Step]]:
     build += ["-C", "cmake.define.CMAKE_CUDA_ARCHITECTURES=native", str(ROOT)]
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     check = ["compute-sanitizer", "--error-exitcode", "1", "--target-processes", "all"]
-    parallel = ["-n", "8"] if find_spec("xdist") else []
+    parallel = ["-n", str(max(2, (os.cpu_count() or 2) - 2))] if find_spec("xdist") else []  # they wait for compilers
     gpu_tests = [*GPU_TESTS, *parallel, *GPU_FILES, "--durations", "5"]
     cpu_tests = [*PYTEST, *parallel, "-m", "not slow and not gpu", "tests"]
     benches = [sys.executable, "benches/gpu.py", "--results", str(results), "--seconds", "40"]

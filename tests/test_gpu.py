@@ -114,7 +114,7 @@ def test_a_measured_tile_gives_the_same_bits(
     assert torch.equal(ops.sum_grad_squared_linear(d, a), unmeasured)
 
 
-@pytest.mark.parametrize("places", [16, 64, 1000, 4096])
+@pytest.mark.parametrize("places", [16, 64, 1000])
 def test_float32_is_as_accurate_as_float32(places: int) -> None:
     d, a = torch.randn(4, places, 200), torch.randn(4, places, 300)
     want = ops.sum_grad_squared_linear(d.double(), a.double())

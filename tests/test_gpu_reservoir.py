@@ -29,15 +29,14 @@ def test_buffers_are_the_cpus(row, dtype):
     batches = [torch.randint(100, (count, *row)).to(dtype) for count in (300, 1, 5000, 777)]
     here, there = ReservoirBuffer(1000, seed=3), ReservoirBuffer(1000, seed=3, device="cuda")
     for batch in batches:
-        here.add((batch, batch[..., :1]))
-        there.add((batch.cuda(), batch[..., :1].cuda()))
+        first = batch if row == () else batch[..., :1]
+        here.add((batch, first))
+        there.add((batch.cuda(), first.cuda()))
     assert torch.equal(here.items, there.items.cpu())
-    for mine, theirs in zip(here.sample(500), there.sample(500), strict=True):
-        assert torch.equal(mine, theirs.cpu())
-    assert torch.equal(
-        torch.stack(list(here.to("cuda"))) if row == () else here.sample(3)[0].cpu(),
-        torch.stack(list(there)) if row == () else there.sample(3)[0].cpu(),
-    )
+    for size in (500, 3):
+        for mine, theirs in zip(here.sample(size), there.sample(size), strict=True):
+            assert torch.equal(mine.cpu(), theirs.cpu())
+        here.to("cuda")
 
 
 @pytest.mark.parametrize(("population", "count"), [(1, 1), (5000, 5000), (10**12, 4096)])
