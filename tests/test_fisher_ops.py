@@ -214,6 +214,9 @@ def test_opcheck():
             library.sum_grad_squared_scale_.default, (torch.zeros(5), d[..., None], d[..., None], *shift)
         )
     torch.library.opcheck(
+        library.sum_grad_squared_scale_.default, (torch.zeros(5), d[..., None], d[..., None], None, torch.zeros(5))
+    )
+    torch.library.opcheck(
         library.sum_grad_squared_embedding_.default, (torch.zeros(4, 5), d, torch.zeros(3, 2, dtype=torch.int64), -1)
     )
 

@@ -109,6 +109,11 @@ def test_bias_and_scale(shape, channel_dim, dtype, way):
         total = torch.ones(size, dtype=reference.wide(dtype))
         assert function(d, **arguments, channel_dim=channel_dim, into=total) is total
         assert_close(total - 1, function(d, **arguments, channel_dim=channel_dim), reference.wide(dtype))
+    total, bias = (torch.ones(size, dtype=reference.wide(dtype)) for _ in range(2))
+    ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim, shift=shift, into=total, bias_into=bias)
+    want = ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim, shift=shift)
+    assert_close(total - 1, want, reference.wide(dtype))
+    assert_close(bias - 1, ops.sum_grad_squared_bias(d, channel_dim=channel_dim), reference.wide(dtype))
 
 
 @needs_the_short_way
@@ -197,6 +202,11 @@ def test_compiles_whole():
             lambda: ops.sum_grad_squared_scale(D, None, into=torch.zeros(5)),
             TypeError,
             "input must be a torch.Tensor, got None",
+        ),
+        (
+            lambda: ops.sum_grad_squared_scale(D, D, into=torch.zeros(5), bias_into=torch.zeros(4)),
+            ValueError,
+            r"bias_into must be a contiguous torch.float32 tensor of shape \[5\]",
         ),
         (
             lambda: ops.sum_grad_squared_bias(D, channel_dim="last", into=torch.zeros(5)),

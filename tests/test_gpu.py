@@ -157,7 +157,14 @@ def test_bias_and_scale(shape: tuple[int, ...], channel_dim: int, dtype: torch.d
     def centred(d: Tensor, x: Tensor, shift: Tensor) -> Tensor:
         return ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim, shift=shift)
 
-    agrees_with_float64(centred, centred, d, x, torch.randn(shape[channel_dim]))
+    def beside(d: Tensor, x: Tensor, shift: Tensor) -> Tensor:
+        bias = ops.sum_grad_squared_bias(torch.zeros_like(d), channel_dim=channel_dim)
+        ops.sum_grad_squared_scale(d, x, channel_dim=channel_dim, shift=shift, bias_into=bias)
+        return bias
+
+    shift = torch.randn(shape[channel_dim])
+    agrees_with_float64(centred, centred, d, x, shift)
+    agrees_with_float64(beside, beside, d, x, shift)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -227,6 +227,9 @@ else:
         shift = values(c, dtype=torch.float32, seed=2, strided=False)
         centred = reference.sum_grad_squared_scale(d.double(), x.double(), shift.double())
         check(fisher_channel.sum_grad_squared_scale_, (c,), centred, d, x, shift)
+        other = torch.ones(c)
+        check(fisher_channel.sum_grad_squared_scale_, (c,), centred, d, x, shift, other)
+        assert_close(other, 1 + bias, torch.float32)
 
     @few
     @given(st.integers(0, 4), st.integers(0, 70), st.integers(0, 150), st.sampled_from(DTYPES), st.booleans())
@@ -239,7 +242,7 @@ else:
         arguments = bias, d, x, mean, rstd
         check(fisher_channel.sum_grad_squared_norm_, (c,), want, *arguments)
         assert_close(bias, 1 + reference.sum_grad_squared_bias(d.double()[..., None]), torch.float32)
-        check(fisher_channel.sum_grad_squared_norm_, (c,), want, bias[:0], *arguments[1:])
+        check(fisher_channel.sum_grad_squared_norm_, (c,), want, None, *arguments[1:])
 
     def test_few_samples_of_many_places() -> None:
         """Programs share a sample's places."""

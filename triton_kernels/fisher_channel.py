@@ -88,8 +88,9 @@ def sums_kernel(
 
 @triton.jit
 def squares_kernel(
-    sums_ptr,  # [N, chunks, C], contiguous
-    total_ptr,  # [C], contiguous, added to
+    sums_ptr,  # [1 or 2, N, chunks, C], contiguous
+    total_ptr,  # [C], contiguous, added to by the programs of the first part
+    bias_ptr,  # [C], contiguous, by those of the second
     N,
     chunks,
     C,
@@ -97,18 +98,22 @@ def squares_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """``total[c] += sum_n (sum_s sums[n,s,c])^2``."""
+    part = tl.program_id(1)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)  # [BLOCK_C]
     squares = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
     for first in range(0, N, BLOCK_N):
         n = first + tl.arange(0, BLOCK_N)
-        row = sums_ptr + (n.to(tl.int64) * chunks)[:, None] * C + c[None, :]
+        row = sums_ptr + ((tl.cast(part, tl.int64) * N + n) * chunks)[:, None] * C + c[None, :]
         inside = (n < N)[:, None] & (c < C)[None, :]
         grad = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
         for chunk in range(chunks):
             grad += tl.load(row + tl.cast(chunk, tl.int64) * C, mask=inside, other=0.0)
         squares += grad * grad
-    total = tl.load(total_ptr + c, mask=c < C, other=0.0)
-    tl.store(total_ptr + c, total + tl.sum(squares, axis=0), mask=c < C)
+    added = tl.sum(squares, axis=0)
+    if part == 0:
+        tl.store(total_ptr + c, tl.load(total_ptr + c, mask=c < C, other=0.0) + added, mask=c < C)
+    else:
+        tl.store(bias_ptr + c, tl.load(bias_ptr + c, mask=c < C, other=0.0) + added, mask=c < C)
 
 
 def _add_channel_sums_(
@@ -149,16 +154,14 @@ def _add_channel_sums_(
         },
         num_warps=4,
     )  # fmt: skip
-    rows = min(32, next_power_of_2(N))
-    for part, into in zip(sums, (total, bias_total), strict=False):
-        run(
-            squares_kernel,
-            (cdiv(C, 32),),
-            (part, into),
-            (N, chunks, C),
-            {"BLOCK_N": rows, "BLOCK_C": 32},
-            num_warps=4,
-        )
+    run(
+        squares_kernel,
+        (cdiv(C, 32), len(sums)),
+        (sums, total, total if bias_total is None else bias_total),
+        (N, chunks, C),
+        {"BLOCK_N": min(32, next_power_of_2(N)), "BLOCK_C": 32},
+        num_warps=4,
+    )
 
 
 def sum_grad_squared_bias_(
@@ -174,14 +177,15 @@ def sum_grad_squared_scale_(
     output_grad: Tensor,  # [N, A, C, B]
     input: Tensor,  # [N, A, C, B]
     shift: Tensor | None = None,  # [C], float32
+    bias_total: Tensor | None = None,  # [C], float32
 ) -> None:
-    """Add ``sum_n (sum_{a,b} d[n,a,:,b] (x[n,a,:,b] - shift))^2`` to ``total``."""
-    _add_channel_sums_(total, output_grad, input, shift)
+    """Add ``sum_n (sum_{a,b} d[n,a,:,b] (x[n,a,:,b] - shift))^2`` to ``total``, the bias's to its own."""
+    _add_channel_sums_(total, output_grad, input, shift, bias_total=bias_total)
 
 
 def sum_grad_squared_norm_(
     total: Tensor,  # [C], float32
-    bias_total: Tensor,  # [C], float32, or [0]
+    bias_total: Tensor | None,  # [C], float32
     output_grad: Tensor,  # [N, T, C]
     input: Tensor,  # [N, T, C]
     mean: Tensor,  # [N, T], float32
@@ -189,5 +193,4 @@ def sum_grad_squared_norm_(
 ) -> None:
     """Add ``sum_n (sum_t d[n,t,:] (x[n,t,:] - mean[n,t]) rstd[n,t])^2`` to ``total``, the bias's to its own."""
     d, x = output_grad.unsqueeze(3), input.unsqueeze(3)
-    bias = bias_total if bias_total.numel() else None
-    _add_channel_sums_(total, d, x, norm=(mean.contiguous(), rstd.contiguous()), bias_total=bias)
+    _add_channel_sums_(total, d, x, norm=(mean.contiguous(), rstd.contiguous()), bias_total=bias_total)

@@ -125,13 +125,13 @@ class Vector(NamedTuple):
     gain: Tensor | None = None  # [C] or []
     shift: Tensor | None = None  # [C], subtracted from the input
 
-    def is_bias_of(self, weight: Matrix | Normalised) -> bool:
+    def is_bias_of(self, weight: Matrix | Normalised | Vector) -> bool:
         """Whether it is added to what the weight makes."""
         return (
             self.output_grad is weight.output_grad
             and self.input is None
             and self.gain is None
-            and self.channel_dim == -1
+            and self.channel_dim == (weight.channel_dim if isinstance(weight, Vector) else -1)
         )
 
     def add_to(self, total: Tensor) -> None:  # noqa: D102
@@ -143,15 +143,17 @@ class Vector(NamedTuple):
         else:
             total += self._sum(None).view(total.shape)
 
-    def add_squares(self, into: Tensor) -> None:  # [C]
-        """As :meth:`add_to`, without the square of the gain."""
-        self._sum(into)
+    def add_squares(self, into: Tensor, bias_total: Tensor | None = None) -> None:  # [C] each
+        """As :meth:`add_to`, without the square of the gain; for the bias beside it, too."""
+        self._sum(into, bias_total)
 
-    def _sum(self, into: Tensor | None) -> Tensor:  # [C]
-        if self.input is None:
-            return ops.sum_grad_squared_bias(self.output_grad, channel_dim=self.channel_dim, into=into)
-        d, x = self.output_grad, self.input
-        return ops.sum_grad_squared_scale(d, x.to(d.dtype), shift=self.shift, channel_dim=self.channel_dim, into=into)
+    def _sum(self, into: Tensor | None, bias_total: Tensor | None = None) -> Tensor:  # [C] each
+        d, x, dim = self.output_grad, self.input, self.channel_dim
+        if x is None:
+            return ops.sum_grad_squared_bias(d, channel_dim=dim, into=into)
+        return ops.sum_grad_squared_scale(
+            d, x.to(d.dtype), shift=self.shift, channel_dim=dim, into=into, bias_into=bias_total
+        )
 
     def _along(self, channels: Tensor) -> Tensor:  # [C] -> broadcasts against the input
         return channels if self.channel_dim == -1 else channels.view(-1, *[1] * (self.output_grad.dim() - 2))

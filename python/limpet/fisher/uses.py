@@ -68,10 +68,13 @@ class Uses:
         """Add a layer's two sums in one go, if it is one that allows it and nothing is to be joined before."""
         factor, vector = weight[1], bias[1]
         if (
-            not isinstance(factor, (Matrix, Normalised))
+            not isinstance(factor, (Matrix, Normalised, Vector))
             or not isinstance(vector, Vector)
             or not vector.is_bias_of(factor)
         ):
+            return False
+        gain = factor.gain if isinstance(factor, Vector) else None
+        if isinstance(factor, Vector) and (factor.input is None or gain is None or gain.dim() != 1):
             return False
         gradients = self._gradients[weight[0]], self._gradients[bias[0]]
         if len(gradients[0]) != 1 or len(gradients[1]) != 1:
@@ -82,7 +85,10 @@ class Uses:
         total, bias_total = of_weight.total(), of_bias.total()
         if not (total.is_contiguous() and bias_total.is_contiguous()):  # views of a parameter may have gaps
             return False
-        factor.add_with_bias(total, bias_total)
+        if not isinstance(factor, Vector):
+            factor.add_with_bias(total, bias_total)
+        elif gain is not None:
+            factor.add_squares(of_weight.scaled_later(gain), bias_total.view(-1))
         return True
 
     def finish(self, last: bool) -> None:
@@ -123,7 +129,7 @@ class _Gradient:
     def take(self, operand: Operand, contribution: Contribution) -> None:
         if self.alone:
             if isinstance(contribution, Vector) and contribution.gain is not None and contribution.gain.dim() == 1:
-                self._scale_later(contribution, contribution.gain)
+                contribution.add_squares(self.scaled_later(contribution.gain))
             else:
                 contribution.add_to(self.total())
             return
@@ -143,12 +149,13 @@ class _Gradient:
         total = self._sums[self._name]
         return total if self._region is None else self._region.of(total)
 
-    def _scale_later(self, vector: Vector, gain: Tensor) -> None:  # gain [C]
+    def scaled_later(self, gain: Tensor) -> Tensor:  # [C] -> [C]
+        """Where squares are added that are to be multiplied by the gain's."""
         total = self.total()
         if self._zeros is None:
             self._zeros = torch.zeros(total.shape, dtype=total.dtype, device=total.device)
-        vector.add_squares(self._zeros.view(-1))
         self.scaled = _Scaled(total, self._zeros, gain.view(total.shape))
+        return self._zeros.view(-1)
 
     def _add(self) -> None:
         parts, self._parts = self._parts, []

@@ -35,10 +35,6 @@ for _schema, _reference in (
         reference.sum_grad_squared_conv,
     ),
     ("bias_(Tensor(a!) total, Tensor output_grad)", reference.sum_grad_squared_bias),
-    (
-        "scale_(Tensor(a!) total, Tensor output_grad, Tensor input, Tensor? shift=None)",
-        reference.sum_grad_squared_scale,
-    ),
 ):
     define(f"sum_grad_squared_{_schema} -> ()", default=_adds_into(_reference), fake=_fake)
 
@@ -54,18 +50,34 @@ define(
 )
 
 
+def _scale_default(
+    total: Tensor, output_grad: Tensor, input: Tensor, shift: Tensor | None = None, bias_total: Tensor | None = None
+) -> None:
+    total += reference.sum_grad_squared_scale(output_grad, input, shift)
+    if bias_total is not None:
+        bias_total += reference.sum_grad_squared_bias(output_grad)
+
+
+define(
+    "sum_grad_squared_scale_(Tensor(a!) total, Tensor output_grad, Tensor input, Tensor? shift=None, "
+    "Tensor(b!)? bias_total=None) -> ()",
+    default=_scale_default,
+    fake=_fake,
+)
+
+
 def _norm_default(
-    total: Tensor, bias_total: Tensor, output_grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor
+    total: Tensor, bias_total: Tensor | None, output_grad: Tensor, input: Tensor, mean: Tensor, rstd: Tensor
 ) -> None:
     """The scale of the normalised activation."""
     normalised = (input.to(total.dtype) - mean.unsqueeze(2)).mul_(rstd.unsqueeze(2))
     scale(total, output_grad.to(total.dtype).unsqueeze(3), normalised.unsqueeze(3))
-    if bias_total.numel():
+    if bias_total is not None:
         bias(bias_total, output_grad.unsqueeze(3))
 
 
 define(
-    "sum_grad_squared_norm_(Tensor(a!) total, Tensor(b!) bias_total, Tensor output_grad, Tensor input, Tensor mean, "
+    "sum_grad_squared_norm_(Tensor(a!) total, Tensor(b!)? bias_total, Tensor output_grad, Tensor input, Tensor mean, "
     "Tensor rstd) -> ()",
     default=_norm_default,
     fake=_fake,
@@ -161,7 +173,15 @@ def _conv_cpu(
     )
 
 
-def _scale_cpu(total: Tensor, output_grad: Tensor, input: Tensor | None = None, shift: Tensor | None = None) -> None:
+def _scale_cpu(
+    total: Tensor,
+    output_grad: Tensor,
+    input: Tensor | None = None,
+    shift: Tensor | None = None,
+    bias_total: Tensor | None = None,
+) -> None:
+    if bias_total is not None:
+        _scale_cpu(bias_total, output_grad)
     _core.sum_grad_squared_channel(
         total.data_ptr(),
         output_grad.data_ptr(),

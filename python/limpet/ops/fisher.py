@@ -235,6 +235,7 @@ def sum_grad_squared_scale(
     channel_dim: int = -1,
     shift: Tensor | None = None,  # [C]
     into: Tensor | None = None,  # [C]
+    bias_into: Tensor | None = None,  # [C]
 ) -> Tensor:  # [C]
     """Sum over samples of the squared gradient of a factor ``y = (x - shift) * w``.
 
@@ -248,6 +249,8 @@ def sum_grad_squared_scale(
         channel_dim: where the factor's dimension is: 1 or -1.
         shift: ``[C]``, the result's dtype; 0 where not given.
         into: ``[C]``; the sum is added to it.
+        bias_into: ``[C]``, the result's dtype; :func:`sum_grad_squared_bias` is added to it, on a GPU at nearly no
+            price.
 
     Returns:
         ``[C]``: ``into``, or a new float32 tensor (float64 for float64 inputs).
@@ -263,6 +266,7 @@ def sum_grad_squared_scale(
     """
     if (
         into is not None
+        and bias_into is None
         and channel_dim in (1, -1)
         and launch.added("scale", (into,), output_grad, input, shift, channel_dim)
     ):
@@ -274,7 +278,8 @@ def sum_grad_squared_scale(
     if shift is not None:
         shift = _shift(shift, d).contiguous()
     total = _total(into, (d.shape[2],), d)
-    launch.scale(total, d, _channels_last_or_first("input", x, channel_dim), shift)
+    bias_total = None if bias_into is None else _total(bias_into, (d.shape[2],), d, "bias_into")
+    launch.scale(total, d, _channels_last_or_first("input", x, channel_dim), shift, bias_total)
     return total
 
 
@@ -330,7 +335,7 @@ def sum_grad_squared_norm(
     places = d.shape[0], _product(d.shape[1:-1])
     launch.norm(
         total,
-        total.new_empty(0) if bias_total is None else bias_total,
+        bias_total,
         *(_one_place_dim(d), _one_place_dim(x), mean.reshape(places), rstd.reshape(places)),
     )
     return total
