@@ -10,14 +10,13 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils._pytree import tree_map
 
 import limpet
 from gpu_report import Cell, Table
 from gpu_timing import Run, compiled_milliseconds, milliseconds
 from limpet import ops, reference
-from peers.problems import GPT2, MEASURED, Loss, smooth_samples, token_cross_entropy
+from peers.methods import Ready, sample_loop, vmapped
+from peers.problems import GPT2, MEASURED, Loss, Problem, smooth_samples, token_cross_entropy
 from tolerances import relative_error
 
 # (N, T, O, I): convolutions of a ResNet-18 as patches at batch 256, layers of GPT-2 at batch 8, an encoder's, an MLP's.
@@ -122,36 +121,9 @@ def worst_error(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
     return max(relative_error(got[name], value) for name, value in want.items())
 
 
-def single_samples(case: Timed, model: nn.Module, loss: Loss, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    """The definition: each sample alone, in the model's precision."""
-    params = dict(model.named_parameters())
-    totals = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in params.items()}
-    inputs, targets = batch
-    for n in range(len(inputs)):
-        with case.precision():
-            value = loss(model(inputs[n : n + 1]), targets[n : n + 1]).sum()
-        for total, g in zip(totals.values(), torch.autograd.grad(value, list(params.values())), strict=True):
-            total += g.double().square() / len(inputs)
-    return totals
-
-
-def vmapped(case: Timed, model: nn.Module, loss: Loss, batch: tuple[Tensor, Tensor]) -> Run:
-    """``torch.func.vmap(grad)`` in chunks of samples."""
-    params = {name: p.detach() for name, p in model.named_parameters()}
-    totals = {name: torch.zeros_like(p) for name, p in params.items()}
-
-    def sample_loss(params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        with case.precision():
-            return loss(functional_call(model, dict(params), (x[None],)), y[None])[0]
-
-    per_sample = vmap(grad(sample_loss), in_dims=(None, 0, 0))
-
-    def run() -> None:
-        for x, y in zip(*(t.split(case.chunk or len(t)) for t in batch), strict=True):
-            for name, g in per_sample(params, x, y).items():
-                totals[name] += g.square_().sum(0)
-
-    return run
+def scaled(ready: Ready) -> dict[str, Tensor]:
+    """A method's values as means over samples."""
+    return {name: value * (ready.scale or 1.0) for name, value in ready.run().items()}
 
 
 def whole_model_row(case: Timed) -> list[Cell]:
@@ -164,39 +136,39 @@ def whole_model_row(case: Timed) -> list[Cell]:
     batch = tuple(t.cuda() for t in make_batch(case.batch))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
 
+    accumulator = limpet.FisherAccumulator(model, loss=loss)
+
     def ordinary() -> None:
         model.zero_grad()
         with case.precision():
             loss(model(batch[0]), batch[1]).sum().backward()
 
-    def ours(count: int) -> limpet.Fisher:
-        with case.precision():
-            return limpet.diagonal_fisher(model, [batch] * count, loss=loss)
-
-    accumulator = limpet.FisherAccumulator(model, loss=loss)
-
     def later() -> None:
         with case.precision():
             accumulator.add(batch)
 
+    def call() -> None:
+        with case.precision():
+            limpet.diagonal_fisher(model, [batch] * 4, loss=loss)
+
     later()
-    runs: dict[str, Run] = {"later": later, "ordinary": ordinary, "call": lambda: ours(4)}
-    times = milliseconds(runs, rounds=12, graph_calls=0)
+    times = milliseconds({"later": later, "ordinary": ordinary, "call": call}, rounds=12, graph_calls=0)
     ordinary_peak, later_peak = peak_bytes(ordinary), peak_bytes(later)
     model.zero_grad(set_to_none=True)
     vmap_ms: float | None
     try:
-        vmap_ms = milliseconds({"vmap": vmapped(case, model, loss, batch)}, rounds=2, graph_calls=0)["vmap"]
+        with case.precision():
+            mapped = vmapped(case.chunk)(Problem(model, *batch, loss))
+            vmap_ms = milliseconds({"vmap": mapped.run}, rounds=2, graph_calls=0)["vmap"]
     except Exception as error:  # not every model lets itself be mapped
         print(f"vmap of {case.name}: {type(error).__name__}: {error}")
         vmap_ms = None
 
     with case.precision():
         got = limpet.diagonal_fisher(model, [few], loss=loss)
-    independent = single_samples(case, model, loss, few)
-    model.double()
-    exact = Timed(case.name, case.make, case.batch, None, case.few)  # no mixed precision
-    want = single_samples(exact, model, loss, tree_map(lambda t: t.double() if t.is_floating_point() else t, few))
+        independent = scaled(sample_loop(Problem(model, *few, loss)))
+    wide = (t.double() if t.is_floating_point() else t for t in few)
+    want = scaled(sample_loop(Problem(model.double(), *wide, loss)))
     precision = "float32" if case.autocast is None else f"autocast {str(case.autocast)[6:]}"
     return [
         case.name, precision, case.batch, times["ordinary"], times["later"], times["later"] / times["ordinary"],

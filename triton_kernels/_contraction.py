@@ -69,8 +69,8 @@ def contraction_kernel(
     k = tl.program_id(0) % K
     tile = tl.program_id(0) // K
     group = tile // (tiles_i * tiles_o)
-    o = tile // tiles_i % tiles_o * BLOCK_O + tl.arange(0, BLOCK_O)  # [BLOCK_O]
-    c = tile % tiles_i * BLOCK_I + tl.arange(0, BLOCK_I)  # [BLOCK_I]
+    o_first, c_first = tile // tiles_i % tiles_o * BLOCK_O, tile % tiles_i * BLOCK_I
+    o, c = o_first + tl.arange(0, BLOCK_O), c_first + tl.arange(0, BLOCK_I)  # [BLOCK_O], [BLOCK_I]
     places = tl.arange(0, BLOCK_T)
     first = tl.program_id(1) * samples_each
     samples = tl.minimum(samples_each, N - first)
@@ -82,7 +82,6 @@ def contraction_kernel(
     d_tile = d_row[:, None] + places.to(tl.int64)[None, :] * d_stride_t
     x_tile = x_column[:, None] + places.to(tl.int64)[None, :] * x_stride_t
     o_in, c_in = (o < rows)[:, None], (c < columns)[:, None]
-    o_first, c_first = tile // tiles_i % tiles_o * BLOCK_O, tile % tiles_i * BLOCK_I
     if BULK:
         d_block = tl.make_tensor_descriptor(d_ptr, [N, T, rows], [d_stride_n, d_stride_t, 1], [1, BLOCK_T, BLOCK_O])
         x_block = tl.make_tensor_descriptor(x_ptr, [N, T, columns], [x_stride_n, x_stride_t, 1], [1, BLOCK_T, BLOCK_I])

@@ -157,11 +157,11 @@ def packed_bytes(x: Tensor, patches: Patches, split: bool) -> int:  # [N, C, X0,
 
 
 @functools.lru_cache(maxsize=4096)
-def _copies_and_places(patches: Patches, itemsize: int) -> tuple[list[int], list[int]]:
+def _copies_and_places(patches: Patches, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """For each dimension, how many places of the kernel have copies of their own, and how many places a copy has."""
     copies, places = list(patches.kernel), list(patches.output)
     lead, _ = patches.shifted(itemsize)
     if lead is not None:
         places[lead] += (copies[lead] - 1) * patches.dilation[lead]
         copies[lead] = 1
-    return copies, places
+    return tuple(copies), tuple(places)

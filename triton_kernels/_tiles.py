@@ -74,10 +74,14 @@ class Tile(NamedTuple):
     num_warps: int
 
     @property
+    def blocks(self) -> dict[str, int]:
+        """The kernel's constants."""
+        return {"BLOCK_O": self.rows, "BLOCK_I": self.columns, "BLOCK_T": self.places}
+
+    @property
     def options(self) -> dict[str, int]:
-        """Launch options: three blocks of places in flight."""
-        blocks = {"BLOCK_O": self.rows, "BLOCK_I": self.columns, "BLOCK_T": self.places}
-        return {**blocks, "num_warps": self.num_warps, "num_stages": 3}
+        """Triton's: three blocks of places in flight."""
+        return {"num_warps": self.num_warps, "num_stages": 3}
 
     def count(self, rows: int, columns: int) -> int:
         """Tiles of a ``[rows, columns]`` weight."""

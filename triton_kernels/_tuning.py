@@ -59,38 +59,24 @@ def launch(
     """
     groups, rows, columns = weight
     device = tensors[0].device
-
-    def grid(options: Mapping[str, Any]) -> tuple[int, int]:
-        return groups * cdiv(rows, options["BLOCK_O"]) * cdiv(columns, options["BLOCK_I"]), shares
-
     shape = (*weight, places) if shape is None else shape
     key = (kernel, device, tensors[0].dtype, *shape, *constants.values())
     work = math.prod(weight) * places * samples
-    copy_context().run(_launch, kernel, tiles, grid, key, tensors, numbers, constants, work)
 
+    def grid(blocks: Mapping[str, int]) -> tuple[int, int]:
+        return groups * cdiv(rows, blocks["BLOCK_O"]) * cdiv(columns, blocks["BLOCK_I"]), shares
 
-def _launch(
-    kernel: Any,
-    tiles: tuple[Tile, ...],
-    grid: Callable[[Mapping[str, Any]], tuple[int, int]],
-    key: tuple[Any, ...],
-    tensors: Sequence[Tensor],
-    numbers: Sequence[float],
-    constants: Mapping[str, Any],
-    work: int,
-) -> None:
-    """In a context of its own, where Triton gets the memory of its descriptors from torch."""
-    device = tensors[0].device
-    triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
-    if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
-        tuner = _tuner(kernel, tiles)
-        tuner[grid](*tensors, *numbers, **constants, **OPTIONS)
-        best = tuner.best_config.kwargs
-        _fastest[key] = next(t for t in tiles if best == {k: t.options[k] for k in best})
-        return
-    options = _fastest.get(key, tiles[0]).options
-    launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    run(kernel, grid(options), tensors, numbers, {**constants, **options}, **launched)
+    def start() -> None:
+        triton.set_allocator(lambda size, _align, _stream: torch.empty(size, dtype=torch.int8, device=device))
+        if len(tiles) > 1 and key not in _fastest and work >= WORTH_TUNING and can_measure(device):
+            tuner = _tuner(kernel, tiles)
+            tuner[grid](*tensors, *numbers, **constants, **OPTIONS)
+            _fastest[key] = next(tile for tile in tiles if tile.blocks == tuner.best_config.kwargs)
+            return
+        tile = _fastest.get(key, tiles[0])
+        run(kernel, grid(tile.blocks), tensors, numbers, {**constants, **tile.blocks}, **tile.options)
+
+    copy_context().run(start)  # a context of its own, where Triton gets the memory of its descriptors from torch
 
 
 def run(
@@ -135,11 +121,7 @@ def can_measure(device: torch.device) -> bool:
 @functools.cache
 def _tuner(kernel: Any, tiles: tuple[Tile, ...]) -> Any:
     """Triton's tuner, which keeps what it found on disk."""
-    configs = []
-    for tile in tiles:
-        options = tile.options
-        launched = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-        configs.append(triton.Config(options, **launched))
+    configs = [triton.Config(tile.blocks, **tile.options) for tile in tiles]
     keys = [name for name in KEYS if name in kernel.arg_names]
     # A single share adds to the total: each trial starts from what was there.
     return triton.autotune(
