@@ -50,6 +50,7 @@ void bind_reservoir(py::module_& m);
 void bind_keyed(py::module_& m);
 void bind_rows(py::module_& m);
 void bind_fisher_plain(py::module_& m);
+void bind_fisher_calls(py::module_& m);
 void bind_gated_lateral(py::module_& m);
 
 }  // namespace limpet

@@ -66,6 +66,7 @@ PYBIND11_MODULE(_core, m) {
   bind_keyed(m);
   bind_rows(m);
   bind_fisher_plain(m);
+  bind_fisher_calls(m);
   bind_gated_lateral(m);
 }
 

@@ -24,19 +24,20 @@ class Batch:
     number: int  # counted from 0, for messages
     inputs: Any
     targets: Any
-    samples: Tensor  # int64 [N]: the samples' own numbers, counted over all batches
+    samples: Sequence[int]  # the samples' own numbers, counted over all batches
     drawn: dict[int, Tensor] = field(default_factory=dict)  # labels drawn so far, by a sample's number: int64 [*]
     shared: frozenset[int] = frozenset()  # id of each input that belongs to all samples, though it has that size
 
     @property
     def size(self) -> int:
         """N."""
-        return self.samples.shape[0]
+        return len(self.samples)
 
     def take(self, samples: slice | Tensor) -> Batch:
         """Some of the samples, as a smaller batch, with the same labels drawn."""
         inputs, targets = self._index(self.inputs, samples), self._index(self.targets, samples)
-        return Batch(self.number, inputs, targets, self.samples[samples], self.drawn, self.shared)
+        own = self.samples[samples] if isinstance(samples, slice) else [self.samples[n] for n in samples.tolist()]
+        return Batch(self.number, inputs, targets, own, self.drawn, self.shared)
 
     def _index(self, tree: Any, samples: slice | Tensor) -> Any:
         def pick(t: Tensor) -> Tensor:
@@ -80,7 +81,7 @@ def read(batch: Any, number: int, first: int) -> Batch:
         raise ValueError(f"batch {number} has {size} targets, but its inputs have first dimensions {sizes[0]}")
     if size == 0:
         raise ValueError(f"batch {number} holds no samples")
-    return Batch(number, inputs, targets, torch.arange(first, first + size))
+    return Batch(number, inputs, targets, range(first, first + size))
 
 
 def up_to(batches: Iterable[Any], max_samples: int | None) -> Iterator[Batch]:
@@ -113,7 +114,7 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
 def losses_of(model: nn.Module, batch: Batch, objective: Objective, looks: Sequence[Look] = ()) -> Tensor:  # [N, K]
     """The model's losses for each sample, checked; ``looks`` come first."""
     with torch._C.DisableTorchFunction():  # looks of ours, not the model's: the recorder is not to see them
-        device = next(model.parameters()).device
+        device = _device(model)
         random_state = _random_state(device)
     outputs = call(model, batch.inputs)
     with torch._C.DisableTorchFunction():
@@ -143,6 +144,11 @@ def call(model: nn.Module, inputs: Any) -> Any:
     if isinstance(inputs, (tuple, list)):
         return model(*inputs)
     return model(inputs)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """The parameters'; ``next(model.parameters())`` takes as long as a small layer."""
+    return next(p.device for module in model.modules() for p in module._parameters.values() if p is not None)
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -22,9 +22,10 @@ from limpet.fisher.per_sample import add_squares, same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.reading import Look
-from limpet.fisher.recorder import Key, Recorder, leaves
+from limpet.fisher.recorder import Key, Record, Recorder, leaves
 from limpet.fisher.row_check import RowCheck
 from limpet.fisher.rules.base import Split, prepare
+from limpet.fisher.rules.linear import Linear
 from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
@@ -41,6 +42,9 @@ class _Plan(NamedTuple):
     """What is done in batches of these calls."""
 
     calls: _Calls
+    records: list[Record]  # of the last such batch, and what made them
+    given: list[_core.EarlierCall | None]
+    decided: list[object]
     size: tuple[int, int]  # N, K
     uses: Uses
 
@@ -61,6 +65,7 @@ class Computation:
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
         self._checked: set[int] = set()  # of each checked batch, the shapes of its calls and what decided (hashed)
         self._plans: dict[int, _Plan] = {}  # by the same, what is done in such a batch
+        self._latest: _Plan | None = None  # the last batch's
         self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
         self._mixing = Mixing()
         self.loss_scale = LossScale()
@@ -90,8 +95,10 @@ class Computation:
         recorder, losses = self._forward(batch, (self.sums, *looks) if self._plans else (self.sums,))
         if probe is None and (uses := self._planned(recorder, losses, batch.size, sums)) is not None:
             self._differentiate(losses, recorder, uses, scale)
-            self._keep_plan(recorder, losses, uses, batch.size)
             return losses.detach()
+        if recorder.taker.outputs:
+            self._latest = None
+            recorder, losses = self._forward(batch)
         if batch.size > 1 and probe is None and self._unknown(recorder, batch.size):
             declined = set(self._declined)
             probe = self._probe(batch)
@@ -132,11 +139,16 @@ class Computation:
         columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses.squeeze(1),)  # whose gradient is a view
         for column in columns:
             last = column is columns[-1]
-            gradients(column, recorder.anchor, torch.full_like(column, scale), retain_graph=not last)
+            _, *output_grads = gradients(
+                column, [recorder.anchor, *recorder.taker.outputs], torch.full_like(column, scale), retain_graph=not last
+            )
+            if output_grads:
+                recorder.taker.add(output_grads)
             uses.finish(last)
 
     def _forward(self, batch: Batch, looks: Sequence[Look] = ()) -> tuple[Recorder, Tensor]:  # losses [N, K]
-        recorder = Recorder(self._names, self._declined, lambda *_: None)
+        given = () if self._latest is None else self._latest.given
+        recorder = Recorder(self._names, self._declined, _nothing, earlier=given)
         with recorder:
             losses = losses_of(self._model, batch, self._objective, looks)
         if not losses.requires_grad:
@@ -159,27 +171,54 @@ class Computation:
         sums: Mapping[str, Tensor],
     ) -> Uses | None:
         """What was settled for an earlier batch of the same calls, where nothing is left to find out about this one."""
-        plan = self._plans.pop(_seen(recorder), None)
-        if plan is None or plan.uses.sums is not sums or plan.size != (samples, losses.shape[1]):
+        plan = self._latest
+        if plan is None or plan.records != recorder.calls or plan.decided != recorder.decided:
+            plan = self._plans.get(_seen(recorder))
+            if plan is None or plan.calls != _calls(recorder):
+                return None
+        if plan.uses.sums is not sums or plan.size != (samples, losses.shape[1]):
             return None
-        if plan.calls != _calls(recorder) or self._mixing.possible(recorder.spans, samples) or self._leaves(losses):
+        if self._mixing.possible(recorder.spans, samples) or self._leaves(losses):
             return None
         self._refuse_hooks(plan.uses.materialised)
         recorder.on_backward = plan.uses.arrived
+        self._latest = plan
         return plan.uses
 
     def _keep_plan(self, recorder: Recorder, losses: Tensor, uses: Uses, samples: int) -> None:
         """Keep what was settled, where it does not depend on the batch's values: it costs as much as a small layer."""
+        self._latest = None
         if self.slow or recorder.operands.computed or uses.sums is not self.sums.running:
             return
         calls = _calls(recorder)
         if self._doubtful.isdisjoint(key for key, _ in calls):
             if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            self._plans[_seen(recorder)] = _Plan(calls, (samples, losses.shape[1]), uses)
+                self._forget_plans()
+            size = samples, losses.shape[1]
+            if losses.shape[1] == 1 and self._device.type == "cpu" and samples > 1:
+                self._ask_together(recorder, uses)
+            self._latest = _Plan(calls, recorder.calls, recorder.given, recorder.decided, size, uses)
+            self._plans[_seen(recorder)] = self._latest
+
+    def _ask_together(self, recorder: Recorder, uses: Uses) -> None:
+        found, size = [], 0
+        for (key, call, lead), given in zip(recorder.calls, recorder.given, strict=True):
+            if given is None or not isinstance(call, Linear) or self._layouts[key] != Layout(0):
+                continue
+            names = uses.plain(call)
+            if names is not None and names[0] is not None:
+                found.append((given, names))
+                size += lead.numel() * sum(call.w.shape)
+        if 2 * size <= sum(p.numel() for p in self._params.values()):
+            for given, names in found:
+                given.add_to(uses.sums, *names)
+
+    def _forget_plans(self) -> None:
+        self._plans.clear()
+        self._latest = None
 
     def _probe(self, batch: Batch) -> Probe:
-        self._plans.clear()
+        self._forget_plans()
         for _ in range(_ROUNDS):
             probe = Probe(self._model, batch, self._objective, self._names, self._declined)
             self._layouts.update(probe.layouts)
@@ -244,7 +283,7 @@ class Computation:
 
     def _heed(self, check: RowCheck, recorder: Recorder, behind: Behind) -> bool:
         """Let parameters whose rows lie elsewhere go the per-sample way; whether there were any."""
-        self._plans.clear()
+        self._forget_plans()
         wrong = check.wrong()
         names = {
             name
@@ -313,3 +352,7 @@ def _parameters(operand: Operand, behind: Behind) -> frozenset[str]:
 
 def _only_sample(rows: Tensor) -> Tensor:  # [*] -> [1, *]
     return rows.unsqueeze(0)
+
+
+def _nothing(*_: object) -> None:
+    """No gradient is followed yet."""

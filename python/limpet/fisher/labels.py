@@ -53,11 +53,11 @@ def sampled(loss: Loss | None, seed: int) -> Objective:
     def objective(outputs: Any, batch: Batch) -> Tensor:  # [N, 1]
         with torch._C.DisableTorchFunction():  # draws of ours, not the model's: the recorder is not to see them
             logits = logits_of(outputs, batch).detach()
-            numbers = batch.samples.tolist()
+            numbers = batch.samples
             missing = [row for row, number in enumerate(numbers) if number not in batch.drawn]
             if missing:
-                rows = torch.tensor(missing)
-                labels = draw(logits[rows.to(logits.device)], batch.samples[rows], key)
+                rows = torch.tensor(missing, device=logits.device)
+                labels = draw(logits[rows], torch.tensor([numbers[row] for row in missing]), key)
                 for row, label in zip(missing, labels.unbind(), strict=True):
                     batch.drawn.setdefault(numbers[row], label)
             labels = torch.stack([batch.drawn[number] for number in numbers])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -13,16 +13,19 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from limpet import _core
 from limpet.fisher.layout import candidates
 from limpet.fisher.mixing import Span, may_mix, span
 from limpet.fisher.operands import Operand, Operands
 from limpet.fisher.picks import deciding_values, may_pick
 from limpet.fisher.rules import FOLLOWED, OPENED, RULES, Call, Match, Rule
 from limpet.fisher.rules.base import Saved
+from limpet.ops import _fisher_launch as launch
 
 # What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
 # it has, and how many such calls came before it.
 Key = tuple[str, Operand | None, Operand | None, int, int]
+Record = tuple[Key, Call, torch.Size]  # with the sizes of the leading dimensions
 
 
 # What a tensor is asked for before anything is computed: half of the calls in a transformer's forward.
@@ -33,6 +36,9 @@ _QUESTIONS = frozenset(
 )
 
 
+_LASTING = (Tensor, bool, int, float, str, tuple)  # the same object is the same argument
+
+
 class Recorder(TorchFunctionMode):
     """Active during one forward pass: computes every intercepted call by its rule, and keeps it in :attr:`calls`.
 
@@ -41,6 +47,7 @@ class Recorder(TorchFunctionMode):
         declined: the calls to leave alone, as no rows of theirs are a sample's own: what they compute from parameters
             stands for a parameter where it is used next.
         probe: how many samples there are, while layouts are looked for; calls that cannot have one are then declined.
+        earlier: what the functions of an earlier batch were given, in order; None for those of which that is not kept.
         on_forward: called with key, call, input (or None) and output of each call.
         on_backward: called with key, call, the output's gradient and what the rule saved.
 
@@ -51,6 +58,7 @@ class Recorder(TorchFunctionMode):
         constant: the calls whose input does not depend on anything but parameters and data.
         decided: the values by which the model may have decided which row is whose.
         spans: by function, the sizes along which its calls combined or moved rows.
+        given: beside each of the calls, for another batch's ``earlier``.
     """
 
     def __init__(
@@ -60,28 +68,33 @@ class Recorder(TorchFunctionMode):
         on_backward: Callable[[Key, Call, Tensor, Saved], None],
         on_forward: Callable[[Key, Call, Tensor | None, Tensor], None] | None = None,
         probe: int = 0,
+        earlier: Sequence[_core.EarlierCall | None] = (),
     ) -> None:
         super().__init__()
         self.on_forward, self.on_backward = on_forward, on_backward
         self.anchor = torch.empty(0, requires_grad=True)
         self.operands = Operands(names)
-        self.calls: list[tuple[Key, Call, torch.Size]] = []  # with the sizes of the leading dimensions
+        self.calls: list[Record] = []
         self.constant: set[Key] = set()
         self.decided: list[object] = []
         self.spans: defaultdict[str, list[Span]] = defaultdict(list)
+        self.given: list[_core.EarlierCall | None] = []
         self._declined, self._probe = declined, probe
         self._seen: dict[tuple[Any, ...], int] = {}
+        self.taker = _core.CallTaker(
+            _filter(), self, names, self.operands.computed, self.calls, self.given, self._seen, earlier, self.anchor, torch.get_num_threads()
+        )
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    __torch_function__ = _core.take_call
+
+    def take(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
         """Compute a call by its rule, where there is one."""
         kwargs = kwargs or {}
-        if func in _QUESTIONS:
-            return func(*args, **kwargs)
         everything = (*args, *kwargs.values()) if kwargs else args
         known = _known(func)
         match = None if known.rule is None else known.rule(self.operands.find, *args, **kwargs)
         if match is not None:
-            y = self._record(match)
+            y = self._record(match, func, args, kwargs)
             if y is not None:
                 return y if match.after is None else match.after(y)
         elif known.opened is not None and self.operands.among(everything):
@@ -103,7 +116,7 @@ class Recorder(TorchFunctionMode):
                     self.spans[along[0]].append(along[1])
         return result
 
-    def _record(self, match: Match) -> Tensor | None:
+    def _record(self, match: Match, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         x, call, _ = match
         lead = (torch.Size(call.sizes) if x is None else x.shape)[: call.lead]
         same = (call.function, call.weight, call.bias)
@@ -116,11 +129,28 @@ class Recorder(TorchFunctionMode):
             return None
         if x is None or not x.requires_grad or self.operands.find(x) is not None:
             self.constant.add(key)
-        self.calls.append((key, call, lead))
+        record = key, call, lead
+        self.calls.append(record)
+        self.given.append(_given(match, record, func, args, kwargs))
         y: Tensor = _Recorded.apply(x, self.anchor, (call, key, self))
         if self.on_forward is not None:
             self.on_forward(key, call, None if x is None else x.detach(), y.detach())
         return y
+
+
+def _given(
+    match: Match, record: Record, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> _core.EarlierCall | None:
+    """None where the call could become another although the function is given the same objects."""
+    x, call, after = match
+    if x is None or after is not None or not args or x is not args[0] or type(x) is not Tensor:
+        return None
+    others = (*args[1:], *kwargs.values())
+    if not call.repeatable or not all(value is None or isinstance(value, _LASTING) for value in others):
+        return None
+    if any(value is not None and not any(value is one for one in others) for value in (call.w, call.b)):
+        return None  # a view of a parameter is made anew: the parameter may lie elsewhere
+    return _core.EarlierCall(func, args[1:], dict(kwargs), x, record)
 
 
 class _Recorded(torch.autograd.Function):
@@ -182,6 +212,31 @@ def _opened(func: Any) -> Callable[..., Any] | None:
     )
     copy.__kwdefaults__ = func.__kwdefaults__
     return copy
+
+
+def _kind(func: Any) -> int:
+    """What the core needs to know of a function, see csrc/bind_fisher_calls.cpp."""
+    if func in _QUESTIONS:
+        return 1
+    known = _known(func)
+    if known.rule is not None:
+        return 3
+    return 0 if known.follow is not None or known.may_pick or known.may_mix else 2
+
+
+@lru_cache(1)
+def _filter() -> _core.CallFilter:
+    return _core.CallFilter(
+        Tensor,
+        {},
+        _kind,
+        _Recorded.apply,
+        torch.is_autocast_enabled,
+        torch.is_grad_enabled,
+        torch.ops.aten._unsafe_view.default,
+        torch.autograd.graph.GradientEdge,
+        None if launch._PLAIN is None else launch._PLAIN.linear,
+    )
 
 
 def _no(*_: Any) -> bool:

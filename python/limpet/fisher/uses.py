@@ -36,6 +36,7 @@ class Uses:
         self.splits: dict[Key, Split] = {}
         self._gradients: dict[Operand, list[_Gradient]] = defaultdict(list)
         self._all: list[_Gradient] = []
+        self._joined: list[_Gradient] = []  # those of which something may be left when all have arrived
         self.materialised: set[str] = set()  # parameters whose per-sample gradients are formed
 
     def plan(self, name: str, kinds: Mapping[Operand, list[type[Contribution]]]) -> None:
@@ -50,6 +51,8 @@ class Uses:
                 self.sums, name, region, self._params[name], self._computed, len(found), whole, self._columns
             )
             self._all.append(gradient)
+            if not gradient.alone:
+                self._joined.append(gradient)
             for operand in operands:
                 self._gradients[operand].append(gradient)
 
@@ -63,6 +66,21 @@ class Uses:
         for operand, contribution in uses:
             for gradient in self._gradients[operand]:
                 gradient.take(operand, contribution)
+
+    def plain(self, call: Call) -> tuple[str, str | None] | None:
+        """The names of weight and bias, if their sums are whole and nothing is joined before squaring."""
+        names: list[str | None] = []
+        for operand in (call.weight, call.bias):
+            if operand is None:
+                names.append(None)
+                continue
+            if operand.region is not None or operand.computed is not None:
+                return None
+            gradients = self._gradients[operand]
+            if len(gradients) != 1 or not gradients[0].alone:
+                return None
+            names.append(operand.name)
+        return names[0], names[1]
 
     def _add_both(self, weight: tuple[Operand, Contribution], bias: tuple[Operand, Contribution]) -> bool:
         """Add a layer's two sums in one go, if it is one that allows it and nothing is to be joined before."""

@@ -34,6 +34,7 @@ class Call(ABC):
     bias_kind: type[Contribution]
     autocast: ClassVar[bool | None] = None  # True: computed in autocast's dtype; False: in float32; None: as it comes
     sizes: tuple[int, ...] = ()  # of the result, for calls without an input
+    repeatable: ClassVar[bool] = False  # whether it depends on the function's arguments alone, and may serve again
 
     def __init__(self, names: Names, lead: int, w: Tensor | None, b: Tensor | None) -> None:
         self.weight, self.bias = names

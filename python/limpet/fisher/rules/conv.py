@@ -20,6 +20,7 @@ class Conv(Call):
 
     weight_kind, bias_kind = Convolution, Vector
     autocast = True
+    repeatable = True
     w: Tensor
 
     def __init__(

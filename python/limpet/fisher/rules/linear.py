@@ -20,6 +20,7 @@ class Linear(Call):
     function = "linear"
     weight_kind, bias_kind = Matrix, Vector
     autocast = True
+    repeatable = True
     w: Tensor
 
     def __init__(self, names: Names, lead: int, w: Tensor, b: Tensor | None) -> None:  # [O, I], [O]
@@ -52,6 +53,7 @@ class Embedding(Call):
 
     function = "embedding"
     weight_kind = Table
+    repeatable = True
     w: Tensor
 
     def __init__(self, name: Operand, lead: int, w: Tensor, padding_idx: int | None) -> None:  # w [V, E]

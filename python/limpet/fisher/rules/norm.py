@@ -21,6 +21,7 @@ class _Norm(Call):
     weight_kind: type[Contribution] = Vector
     bias_kind = Vector
     autocast: ClassVar[bool | None] = False
+    repeatable = True
 
     def __init__(self, names: Names, lead: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
         super().__init__(names, lead, weight, bias)
@@ -170,6 +171,7 @@ class BatchNorm(_Norm):
         self.known: _Deviations | None = None
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
+        self.known = None
         y = F.batch_norm(x, self.mean, self.var, self.w, self.b, training=False, momentum=0.0, eps=self.eps)
         return y, (x,) if self.weight is not None else ()
 
@@ -292,6 +294,7 @@ class PReLU(Call):
 
     function = "prelu"
     weight_kind = Vector
+    repeatable = True
     w: Tensor
 
     def __init__(self, name: Operand, lead: int, weight: Tensor) -> None:  # [1] or [C]
