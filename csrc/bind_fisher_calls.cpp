@@ -3,6 +3,8 @@
 
 #include "bind.h"
 
+#include <unordered_set>
+
 namespace limpet {
 namespace {
 
@@ -267,6 +269,26 @@ class CallTaker {
   py::list outputs_;
 };
 
+// The `id` of every tensor that an ordinary backward from a node would give a gradient.
+std::vector<Address> leaves(const py::object& root) {
+  static PyObject* const next_functions = interned("next_functions");
+  static PyObject* const variable = interned("variable");
+  std::vector<Address> found;
+  std::vector<py::object> nodes;  // of which Python's objects are kept, so that each node has one
+  std::unordered_set<PyObject*> seen;
+  const auto visit = [&](const py::handle& node) {
+    if (!node.is_none() && seen.insert(node.ptr()).second) nodes.push_back(py::reinterpret_borrow<py::object>(node));
+  };
+  visit(root);
+  for (std::size_t n = 0; n < nodes.size(); ++n) {
+    const py::tuple following = attribute(nodes[n].ptr(), next_functions);
+    for (const py::handle& edge : following) visit(py::handle(PyTuple_GetItem(edge.ptr(), 0)));
+    if (following.empty() && PyObject_HasAttr(nodes[n].ptr(), variable))
+      found.push_back(reinterpret_cast<Address>(attribute(nodes[n].ptr(), variable).ptr()));
+  }
+  return found;
+}
+
 // A recorder's method.
 py::object take_call(const py::object& recorder, const py::object& func, const py::object& types, const py::tuple& args,
                      const py::object& kwargs) {
@@ -289,6 +311,8 @@ void bind_fisher_calls(py::module_& m) {
            py::keep_alive<1, 2>())
       .def_property_readonly("outputs", &CallTaker::outputs)
       .def("add", &CallTaker::add);
+
+  m.def("leaves", leaves);
 
   // For a class to take as its method; torch asks that it be bound to the mode that it has.
   const py::cpp_function take(take_call, py::arg("recorder"), py::arg("func"), py::arg("types"),

@@ -114,11 +114,10 @@ def count(batches: Iterable[Any], max_samples: int | None) -> int | None:
 def losses_of(model: nn.Module, batch: Batch, objective: Objective, looks: Sequence[Look] = ()) -> Tensor:  # [N, K]
     """The model's losses for each sample, checked; ``looks`` come first."""
     with torch._C.DisableTorchFunction():  # looks of ours, not the model's: the recorder is not to see them
-        device = _device(model)
-        random_state = _random_state(device)
+        random_state = _random_state(model)
     outputs = call(model, batch.inputs)
     with torch._C.DisableTorchFunction():
-        if not all(map(torch.equal, random_state, _random_state(device))):
+        if not all(map(torch.equal, random_state, _random_state(model))):
             raise RuntimeError(
                 "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
             )
@@ -146,14 +145,12 @@ def call(model: nn.Module, inputs: Any) -> Any:
     return model(inputs)
 
 
-def _device(model: nn.Module) -> torch.device:
-    """The parameters'; ``next(model.parameters())`` takes as long as a small layer."""
-    return next(p.device for module in model.modules() for p in module._parameters.values() if p is not None)
-
-
-def _random_state(device: torch.device) -> list[Tensor]:
+def _random_state(model: nn.Module) -> list[Tensor]:
     states = [torch.get_rng_state()]
-    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    if torch.cuda.is_initialized():
+        device = next(model.parameters()).device
+        return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+    return states
 
 
 def tensors(tree: Any) -> list[Tensor]:

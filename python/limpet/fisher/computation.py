@@ -22,7 +22,7 @@ from limpet.fisher.per_sample import add_squares, same_loss
 from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.reading import Look
-from limpet.fisher.recorder import Key, Record, Recorder, leaves
+from limpet.fisher.recorder import Key, Record, Recorder
 from limpet.fisher.row_check import RowCheck
 from limpet.fisher.rules.base import Split, prepare
 from limpet.fisher.rules.linear import Linear
@@ -267,7 +267,7 @@ class Computation:
         return kinds, behind
 
     def _leaves(self, tensor: Tensor) -> frozenset[str]:
-        return frozenset(self._names[leaf] for leaf in leaves(tensor) & self._names.keys())
+        return frozenset(self._names[leaf] for leaf in _core.leaves(tensor.grad_fn) if leaf in self._names)
 
     def _is_checked(self, recorder: Recorder, samples: int) -> bool:
         """Whether the rows are to be checked in this batch.

@@ -72,7 +72,7 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.on_forward, self.on_backward = on_forward, on_backward
-        self.anchor = torch.empty(0, requires_grad=True)
+        self.anchor = _anchor()
         self.operands = Operands(names)
         self.calls: list[Record] = []
         self.constant: set[Key] = set()
@@ -225,6 +225,13 @@ def _kind(func: Any) -> int:
 
 
 @lru_cache(1)
+def _anchor() -> Tensor:
+    """One for all passes: nothing is ever added to its gradient."""
+    with torch.inference_mode(False):
+        return torch.empty(0, requires_grad=True)
+
+
+@lru_cache(1)
 def _filter() -> _core.CallFilter:
     return _core.CallFilter(
         Tensor,
@@ -241,19 +248,3 @@ def _filter() -> _core.CallFilter:
 
 def _no(*_: Any) -> bool:
     return False
-
-
-def leaves(root: Tensor) -> set[int]:
-    """``id`` of every tensor that an ordinary backward from ``root`` would give a gradient."""
-    found: set[int] = set()
-    stack: list[Any] = [root.grad_fn]
-    seen = set(stack)
-    for node in stack:
-        following = node.next_functions if node is not None else ()
-        if not following:  # only these can be leaves; asking the others would cost as much as all else here
-            found.add(id(getattr(node, "variable", None)))
-        for child, _ in following:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return found

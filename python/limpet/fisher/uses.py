@@ -112,7 +112,7 @@ class Uses:
     def finish(self, last: bool) -> None:
         """Sum what is left of a column of losses, or of the last one: some uses no loss depends on."""
         with torch.no_grad():
-            for gradient in self._all:
+            for gradient in self._joined:
                 gradient.finish(last)
             scaled = [gradient.scaled for gradient in self._all if gradient.scaled is not None]
             if scaled:
