@@ -212,23 +212,6 @@ LIMPET_FORMULA int worthwhile(int threads, std::int64_t work) {
 template <class Stored, class S>
 void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std::int64_t places, std::int64_t count,
           std::int64_t width, bool square, S* to) {
-  if constexpr (sizeof(Stored) == sizeof(S)) {
-    if (step == 1 && width == kMR && count == kMR) {  // in two vectors, which the compiler finds no way to by itself
-      static_assert(kMR == 6, "4 + 2");
-      typedef S Four __attribute__((vector_size(4 * sizeof(S))));
-      typedef S Two __attribute__((vector_size(2 * sizeof(S))));
-      for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += kMR) {
-        Four four;
-        Two two;
-        std::memcpy(&four, from, sizeof four);
-        std::memcpy(&two, from + 4, sizeof two);
-        if (square) four *= four, two *= two;
-        std::memcpy(to, &four, sizeof four);
-        std::memcpy(to + 4, &two, sizeof two);
-      }
-      return;
-    }
-  }
   if (step == 1 && width % lanes<S> == 0 && count == width) {
     for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += width)
       for (std::int64_t v = 0; v < width; v += lanes<S>) {

@@ -31,8 +31,37 @@ struct Shape {
 // 1.13 with the columns; 256 x 1024: 1.04 and 1.22).
 constexpr std::int64_t kBlock = 2040;    // rows or columns that are shared at a time: bounds the workspace
 constexpr std::int64_t kRowPanels = 42;  // in a job's own rows, at most
-// Places that are packed panel after panel: where their lines are 4 KB apart they share a set of the first cache.
-constexpr std::int64_t kPackPlaces = 8;
+// Panels that are packed side by side: a place's values for them are whole lines, which are read once, and each panel is
+// written from its beginning to its end.
+constexpr std::int64_t kPackPanels = 8;
+
+// Panels of kMR neighbouring values per place, `panel` elements apart.
+template <class Stored, class S>
+void pack_whole(const Stored* from, std::int64_t place_stride, std::int64_t places, std::int64_t panels,
+                std::int64_t panel, bool square, S* to) {
+  for (std::int64_t t = 0; t < places; ++t, from += place_stride, to += kMR)
+    for (std::int64_t p = 0; p < panels; ++p) {
+      const Stored* const values = from + p * kMR;
+      S* const packed = to + p * panel;
+      if constexpr (sizeof(Stored) == sizeof(S)) {  // in two vectors, which the compiler finds no way to by itself
+        static_assert(kMR == 6, "4 + 2");
+        typedef S Four __attribute__((vector_size(4 * sizeof(S))));
+        typedef S Two __attribute__((vector_size(2 * sizeof(S))));
+        Four four;
+        Two two;
+        std::memcpy(&four, values, sizeof four);
+        std::memcpy(&two, values + 4, sizeof two);
+        if (square) four *= four, two *= two;
+        std::memcpy(packed, &four, sizeof four);
+        std::memcpy(packed + 4, &two, sizeof two);
+      } else {
+        for (int i = 0; i < kMR; ++i) {
+          const S x = widen(values[i]);
+          packed[i] = square ? x * x : x;
+        }
+      }
+    }
+}
 
 bool rows_are_shared(const LinearArgs& args) {
   return args.rows <= args.columns;
@@ -114,8 +143,22 @@ class Contraction {
   }
 
  private:
-  // At least two jobs per thread, so that one that was held up can be helped.
-  std::int64_t wanted() const { return threads == 1 ? 1 : 2 * threads; }
+  // Into how many parts to cut each of `units` units of work: so that there are at least two jobs per thread, as one that
+  // was held up can then be helped, and, of few more, so many that all threads have nearly the same to do.
+  std::int64_t parts(std::int64_t units, std::int64_t least, std::int64_t most) const {
+    if (threads == 1) return least;
+    const auto idle = [&](std::int64_t parts) {  // of the threads' time
+      const std::int64_t jobs = units * parts, slots = ceil_div(jobs, threads) * threads;
+      return static_cast<double>(slots - jobs) / static_cast<double>(slots);
+    };
+    const std::int64_t first = min_of(most, max_of(least, ceil_div(2 * threads, units)));
+    std::int64_t best = first;
+    for (std::int64_t parts = first; parts <= min_of(most, first + threads) && idle(best) > 1.0 / 32; ++parts)
+      if (idle(parts) < idle(best)) best = parts;
+    return best;
+  }
+  // Threads to pack so many elements: to wake another takes as long as packing some thousands.
+  int packers(std::int64_t elements) const { return elements < 8192 ? 1 : threads; }
   S* shared_panels(std::int64_t slot) const { return reinterpret_cast<S*>(workspace) + slot * layout.slot; }
   S* own_panels(int worker) const {
     return reinterpret_cast<S*>(workspace + layout.owned + ceil_div(layout.own * sizeof(S), 64) * 64 * worker);
@@ -124,12 +167,12 @@ class Contraction {
 
   void with_shared_rows(Panels rows, std::int64_t chunk0, std::int64_t slots) const {
     const std::int64_t runs = min_of(rows.count(), ceil_div(4 * threads, slots));
-    parallel_for(threads, slots * runs, [&](std::int64_t job, int) {
+    parallel_for(packers(slots * layout.slot), slots * runs, [&](std::int64_t job, int) {
       const Chunk chunk(shape, chunk0 + job / runs);
       const Panels run = rows.part(job % runs, runs);
       pack_rows(chunk, run, shared_panels(job / runs) + (run.first - rows.first) * chunk.samples * chunk.places * kMR);
     });
-    const std::int64_t parts = min_of(rows.count(), ceil_div(wanted(), column_panels));
+    const std::int64_t parts = this->parts(column_panels, 1, rows.count());
     parallel_for(threads, column_panels * parts, [&](std::int64_t job, int worker) {
       const Panels column{job / parts, job / parts + 1}, part = rows.part(job % parts, parts);
       for (std::int64_t slot = 0; slot < slots; ++slot) {
@@ -145,12 +188,12 @@ class Contraction {
     const auto at = [&](std::int64_t slot, const Chunk& chunk, std::int64_t q) {
       return shared_panels(slot) + panel_offset<S>(q - columns.first, chunk.samples * chunk.places);
     };
-    parallel_for(threads, slots * columns.count(), [&](std::int64_t job, int) {
+    parallel_for(packers(slots * layout.slot), slots * columns.count(), [&](std::int64_t job, int) {
       const std::int64_t slot = job / columns.count(), q = columns.first + job % columns.count();
       const Chunk chunk(shape, chunk0 + slot);
       pack_columns(chunk, q, at(slot, chunk, q));
     });
-    const std::int64_t blocks = max_of(ceil_div(row_panels, kRowPanels), min_of(row_panels, wanted()));
+    const std::int64_t blocks = parts(1, ceil_div(row_panels, kRowPanels), row_panels);
     parallel_for(threads, blocks, [&](std::int64_t job, int worker) {
       const Panels rows = Panels{0, row_panels}.part(job, blocks);
       for (std::int64_t slot = 0; slot < slots; ++slot) {
@@ -175,13 +218,21 @@ class Contraction {
   std::int64_t place_stride(const std::int64_t* strides) const { return strides[shape.squares ? 1 : 0]; }
 
   void pack_rows(const Chunk& chunk, Panels rows, S* to) const {
-    const std::int64_t step = args.output_grad_strides[2];
-    for (std::int64_t n = 0; n < chunk.samples; ++n)
-      for (std::int64_t t = 0; t < chunk.places; t += kPackPlaces)
-        for (std::int64_t p = rows.first; p < rows.end; ++p)
-          pack(output_grad(chunk, n, t) + p * kMR * step, step, place_stride(args.output_grad_strides),
-               min_of(kPackPlaces, chunk.places - t), min_of(kMR, args.rows - p * kMR), kMR, !shape.squares,
-               to + (((p - rows.first) * chunk.samples + n) * chunk.places + t) * kMR);
+    const std::int64_t step = args.output_grad_strides[2], place = place_stride(args.output_grad_strides);
+    const std::int64_t panel = chunk.samples * chunk.places * kMR;
+    const std::int64_t whole = step == 1 ? min_of(rows.end, args.rows / kMR) : rows.first;
+    for (std::int64_t p = rows.first; p < rows.end;) {
+      const std::int64_t together = max_of(1, min_of(kPackPanels, whole - p));
+      S* panels = to + (p - rows.first) * panel;
+      for (std::int64_t n = 0; n < chunk.samples; ++n, panels += chunk.places * kMR) {
+        const Stored* const from = output_grad(chunk, n, 0) + p * kMR * step;
+        if (p < whole)
+          pack_whole(from, place, chunk.places, together, panel, !shape.squares, panels);
+        else
+          pack(from, step, place, chunk.places, min_of(kMR, args.rows - p * kMR), kMR, !shape.squares, panels);
+      }
+      p += together;
+    }
   }
 
   void pack_columns(const Chunk& chunk, std::int64_t q, S* to) const {
