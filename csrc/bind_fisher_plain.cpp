@@ -5,6 +5,7 @@
 #include "bind.h"
 
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <new>
 
@@ -145,7 +146,41 @@ class PlainSums {
     return true;
   }
 
+  // Whether all elements are finite; false is no answer.
+  bool finite(py::handle object) const {
+    dlpack::Tensor tensor;
+    std::int64_t size, stride;
+    if (!operand(object, &tensor) || !merged(tensor, 0, tensor.ndim, &size, &stride) || (size > 1 && stride != 1))
+      return false;
+    if (is_float(tensor.dtype, 32)) return all_finite<std::uint32_t, 23>(address(tensor), size);
+    if (is_float(tensor.dtype, 64)) return all_finite<std::uint64_t, 52>(address(tensor), size);
+    return false;
+  }
+
+  // Whether two tensors hold the same bytes; false is no answer.
+  bool same(py::handle object, py::handle other) const {
+    dlpack::Tensor a, b;
+    std::int64_t size, stride;
+    if (!operand(object, &a) || !operand(other, &b) || !same_shape(a, b) || !(a.dtype == b.dtype)) return false;
+    for (const dlpack::Tensor& tensor : {a, b})
+      if (!merged(tensor, 0, tensor.ndim, &size, &stride) || (size > 1 && stride != 1)) return false;
+    return std::memcmp(address(a), address(b), static_cast<std::size_t>(size) * a.dtype.bits / 8) == 0;
+  }
+
  private:
+  // An exponent of ones, of infinity and NaN, carries into the sign when one is added to it: vectors can do that.
+  template <class Bits, int mantissa>
+  static bool all_finite(const void* values, std::int64_t size) {
+    constexpr Bits one = Bits{1} << mantissa, sign = Bits{1} << (8 * sizeof(Bits) - 1), exponent = sign - one;
+    Bits carried = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      Bits bits;
+      std::memcpy(&bits, static_cast<const char*>(values) + i * sizeof(Bits), sizeof bits);
+      carried |= (bits & exponent) + one;
+    }
+    return (carried & sign) == 0;
+  }
+
   bool channel(py::handle total, py::handle output_grad, const py::handle* input, const py::handle* shift,
                int channel_dim, int threads) const {
     dlpack::Tensor d;
@@ -233,6 +268,8 @@ class PlainSums {
 void bind_fisher_plain(py::module_& m) {
   py::class_<PlainSums>(m, "PlainSums")
       .def(py::init<const py::capsule&, py::type>())
+      .def("finite", &PlainSums::finite)
+      .def("same", &PlainSums::same)
       .def("linear", &PlainSums::linear)
       .def("norm", &PlainSums::norm)
       .def("bias", &PlainSums::bias)

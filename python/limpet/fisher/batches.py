@@ -15,9 +15,10 @@ from torch.utils.data import DataLoader, RandomSampler, SequentialSampler
 from limpet import _checks
 from limpet.fisher import reading
 from limpet.fisher.reading import Look
+from limpet.ops._fisher_launch import surely_finite, surely_same
 
 
-@dataclass(frozen=True)
+@dataclass
 class Batch:
     """``size`` samples along the first dimension of every tensor that has that size there, but for shared ones."""
 
@@ -117,23 +118,33 @@ def losses_of(model: nn.Module, batch: Batch, objective: Objective, looks: Seque
         random_state = _random_state(model)
     outputs = call(model, batch.inputs)
     with torch._C.DisableTorchFunction():
-        if not all(map(torch.equal, random_state, _random_state(model))):
+        if not all(map(_same, random_state, _random_state(model))):
             raise RuntimeError(
                 "the model draws random numbers in forward (dropout in training mode?): call model.eval() first"
             )
     losses = objective(outputs, batch)
     with torch._C.DisableTorchFunction():
-        flags = [look.flags() for look in looks]
-        total, *numbers = reading.read([losses.detach().sum(), *itertools.chain(*flags)])
-        values = iter(numbers)
-        for look, some in zip(looks, flags, strict=True):
-            look.heed([*itertools.islice(values, len(some))])
-        if not isfinite(total):
-            bad = torch.isfinite(losses.detach()).logical_not().nonzero().tolist()
-            if bad:  # a sum of finite losses may be infinite
-                n, k = bad[0]
-                raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
+        _look_at(losses, batch, looks)
     return losses
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return surely_same(a, b) or torch.equal(a, b)
+
+
+def _look_at(losses: Tensor, batch: Batch, looks: Sequence[Look]) -> None:  # losses [N, K]
+    flags = [look.flags() for look in looks]
+    if not any(flags) and surely_finite(losses):
+        return
+    total, *numbers = reading.read([losses.detach().sum(), *itertools.chain(*flags)])
+    values = iter(numbers)
+    for look, some in zip(looks, flags, strict=True):
+        look.heed([*itertools.islice(values, len(some))])
+    if not isfinite(total):
+        bad = torch.isfinite(losses.detach()).logical_not().nonzero().tolist()
+        if bad:  # a sum of finite losses may be infinite
+            n, k = bad[0]
+            raise RuntimeError(f"the loss of sample {n} of batch {batch.number} is {losses[n, k].item()}")
 
 
 def call(model: nn.Module, inputs: Any) -> Any:

@@ -112,7 +112,7 @@ class Buffers:
             elif not buffer.is_meta:
                 self._odd.append((buffer, buffer.detach().clone()))
         self._plain = [(buffers, _end_to_end(buffers)) for buffers in together.values()]
-        self._versions: list[int] | None = None  # when the values were last found to be the same
+        self._versions: list[int] | None = None if self._plain else []  # when the values were last found to be the same
         self._versions_read: list[int] = []
 
     def flags(self) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from limpet.fisher import reading
+from limpet.ops._fisher_launch import surely_finite
 from limpet.reference import wide
 
 _FLUSH = 256  # batches summed before they go to the totals, so that rounding grows with 256 + batches / 256
@@ -71,7 +72,8 @@ class Sums:
         """Look for NaN and infinity, and keep the running sums small."""
         self._read()
         self.batches += 1
-        self._look(self._small, self.batches - 1)
+        if not all(surely_finite(self.running[name]) for name in self._small):
+            self._look(self._small, self.batches - 1)
         if self.batches % _CHECK == 1:
             self._look(self._filled, self._checked)
         if not self._late:

@@ -111,10 +111,12 @@ class Uses:
 
     def finish(self, last: bool) -> None:
         """Sum what is left of a column of losses, or of the last one: some uses no loss depends on."""
+        scaled = [gradient.scaled for gradient in self._all if gradient.scaled is not None]
+        if not self._joined and not scaled:
+            return
         with torch.no_grad():
             for gradient in self._joined:
                 gradient.finish(last)
-            scaled = [gradient.scaled for gradient in self._all if gradient.scaled is not None]
             if scaled:
                 _add_scaled(scaled)
                 for gradient in self._all:

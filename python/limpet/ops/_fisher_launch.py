@@ -234,6 +234,16 @@ def _plain_sums() -> _core.PlainSums | None:
 _PLAIN = _plain_sums()
 
 
+def surely_finite(tensor: Tensor) -> bool:
+    """Whether this is a plain tensor on the CPU whose elements are all finite; False is no answer."""
+    return _PLAIN is not None and _PLAIN.finite(tensor)
+
+
+def surely_same(a: Tensor, b: Tensor) -> bool:
+    """Whether these are plain tensors on the CPU that hold the same bytes; False is no answer."""
+    return _PLAIN is not None and _PLAIN.same(a, b)
+
+
 def added(name: str, totals: Sequence[Tensor | None], *args: Any) -> bool:
     """Whether one call of the core added to the totals, past checks and dispatcher: where all is plain and fits."""
     if _PLAIN is None or totals[0] is None or torch.compiler.is_compiling():
