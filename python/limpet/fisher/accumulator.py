@@ -251,6 +251,8 @@ class FisherAccumulator:
 
     def _routes(self) -> dict[str, str]:
         slow, materialised = self._computation.slow, self._computation.materialised
+        if not slow and not materialised:
+            return dict.fromkeys(self._params, ROUTES[0])
         return {name: ROUTES[2 if name in slow else int(name in materialised)] for name in self._params}
 
     def _take_over(self, routes: Mapping[str, str]) -> None:

@@ -157,7 +157,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
 
 def _random_state(model: nn.Module) -> list[Tensor]:
-    states = [torch.get_rng_state()]
+    states = [torch.default_generator.get_state()]
     if torch.cuda.is_initialized():
         device = next(model.parameters()).device
         return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states

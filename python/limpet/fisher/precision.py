@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -80,12 +80,13 @@ def _tf32_switches() -> list[tuple[object, str, object]]:
     return [(place, "allow_tf32", False) for place in (cuda, cudnn)]
 
 
-@contextmanager
-def without_tf32(device: torch.device) -> Iterator[None]:
+def without_tf32(device: torch.device) -> AbstractContextManager[None]:
     """Full float32 products on a GPU: cuDNN's convolutions take TF32 (10 bits) unless told otherwise."""
-    if device.type != "cuda":
-        yield
-        return
+    return _without_tf32() if device.type == "cuda" else nullcontext()
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
     found = [(place, name, getattr(place, name)) for place, name, _ in _tf32_switches()]
     try:
         for place, name, off in _tf32_switches():
