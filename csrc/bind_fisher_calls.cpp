@@ -1,5 +1,6 @@
-// What limpet.fisher.recorder sees of a forward pass, as far as that needs no Python. Between large products Python runs
-// cold: a handler written in it took 80 microseconds for each layer of a network whose pass takes six milliseconds.
+// A forward pass as limpet.fisher.recorder sees it, as far as that needs no Python: functions that nothing is recorded
+// of, and calls that an earlier batch had, too. Between large products Python runs cold: with all of it in Python, each
+// layer of a network whose pass takes six milliseconds cost 80 microseconds.
 
 #include "bind.h"
 
@@ -51,11 +52,11 @@ struct EarlierCall {
   py::dict kwargs;
   py::object shape, dtype;  // of the input
   bool requires_grad;
-  py::tuple record;         // key, call, lead
-  py::object key, call;     // of the record
-  py::object same, before;  // what calls are counted by, and how many came before
-  py::object after;         // before + 1
-  py::object w, b;          // the call's, which autocast replaces
+  py::tuple record;                  // key, call, lead
+  py::object key, call;              // of the record
+  py::object same, before;           // what calls are counted by, and how many came before
+  py::object after;                  // before + 1
+  py::object w, b;                   // the call's, which autocast replaces
   py::object running, weight, bias;  // of a linear layer: a mapping, asked each time, and in it the names of its sums
 
   EarlierCall(py::object func, py::tuple args, py::dict kwargs, const py::object& input, py::tuple record)
@@ -104,21 +105,21 @@ struct EarlierCall {
 // What all recorders have in common.
 struct CallFilter {
   py::type tensor;
-  py::dict kinds;        // of the functions seen so far
-  py::object classify;   // a function's kind
-  py::object apply;      // (input, anchor, (call, key, recorder)) -> output
-  py::object autocasts;  // whether autocast is on, for a device type
-  py::object grad_enabled;
-  py::object alias;  // (tensor, shape) -> the same memory, as a tensor that may be changed in place
-  py::object edge;       // (node, output number) -> what autograd gives the gradient at
-  py::object add;        // (weight's sum, bias's sum or None, output gradient, input, threads) -> whether it could
+  py::object classify;      // a function's kind
+  py::object apply;         // (input, anchor, (call, key, receiver)) -> output
+  py::object autocasts;     // (device type) -> whether autocast is on
+  py::object grad_enabled;  // () -> whether autograd is on
+  py::object alias;         // (tensor, shape) -> the same memory as a tensor that is no view
+  py::object edge;          // (node, output number) -> where autograd can give a gradient
+  py::object add;           // (weight's sum, bias's sum or None, output gradient, input, threads) -> whether it could
+  py::dict kinds{};         // of the functions seen so far
 
   Kind kind(PyObject* function) const {
-    PyObject* known = PyDict_GetItemWithError(kinds.ptr(), function);
+    PyObject* const known = PyDict_GetItemWithError(kinds.ptr(), function);
     if (known) return static_cast<Kind>(PyLong_AsLong(known));
     if (PyErr_Occurred()) throw py::error_already_set();
     const py::object found = owned(PyObject_CallOneArg(classify.ptr(), function));
-    checked(PyDict_SetItem(kinds.ptr(), function, found.ptr()) < 0 ? -1 : 0);
+    checked(PyDict_SetItem(kinds.ptr(), function, found.ptr()));
     return static_cast<Kind>(PyLong_AsLong(found.ptr()));
   }
 };
@@ -126,10 +127,11 @@ struct CallFilter {
 // A recorder's `__torch_function__` for one forward pass. Whatever it does not know itself goes to the recorder.
 class CallTaker {
  public:
-  CallTaker(const CallFilter& filter, py::handle recorder, py::dict names, py::list computed, py::list calls,
-            py::list given, py::dict seen, py::sequence earlier, py::object anchor, py::object threads)
+  CallTaker(const CallFilter& filter, py::handle recorder, py::object receiver, py::dict names, py::list computed,
+            py::list calls, py::list given, py::dict seen, py::sequence earlier, py::object anchor, py::object threads)
       : filter_(filter),
         recorder_(recorder),
+        receiver_(std::move(receiver)),
         names_(std::move(names)),
         computed_(std::move(computed)),
         calls_(std::move(calls)),
@@ -139,8 +141,7 @@ class CallTaker {
         anchor_(std::move(anchor)),
         threads_(std::move(threads)) {}
 
-  py::object take(const py::object& func, const py::object& types, const py::tuple& args,
-                  const py::object& kwargs) {
+  py::object take(const py::object& func, const py::object& types, const py::tuple& args, const py::object& kwargs) {
     PyObject* const names = kwargs.is_none() || !PyDict_GET_SIZE(kwargs.ptr()) ? nullptr : kwargs.ptr();
     const Kind kind = filter_.kind(func.ptr());
     if (kind == Kind::question || (kind == Kind::plain && !has_operand(args.ptr()) && !has_operand(names)))
@@ -152,9 +153,10 @@ class CallTaker {
     return recorder_.attr("take")(func, types, args, kwargs);
   }
 
+  // Where backward is to give the gradients that `add` takes.
   const py::list& outputs() const { return outputs_; }
 
-  // Adds the squares of the layers of `outputs`, given the gradients there. One that is not plain goes to the recorder.
+  // Adds the squares of the layers of `outputs`, once; what the core cannot add goes the way of all others.
   void add(const py::sequence& output_grads) {
     for (std::size_t n = 0; n < inputs_.size(); ++n) {
       const py::object d = output_grads[n];
@@ -171,7 +173,7 @@ class CallTaker {
           earlier.bias.is_none() ? earlier.bias : owned(PyObject_GetItem(earlier.running.ptr(), earlier.bias.ptr()));
       PyObject* const args[] = {total.ptr(), bias_total.ptr(), d.ptr(), input.value.ptr(), threads_.ptr()};
       if (owned(PyObject_Vectorcall(filter_.add.ptr(), args, 5, nullptr)).ptr() != Py_True)
-        recorder_.attr("on_backward")(earlier.key, earlier.call, d, py::make_tuple(input.value));
+        receiver_.attr("on_backward")(earlier.key, earlier.call, d, py::make_tuple(input.value));
     }
     inputs_.clear();
     outputs_ = py::list();
@@ -224,15 +226,17 @@ class CallTaker {
     calls_.append(earlier.record);
     given_.append(object);
     const py::object input = args[0];
-    if (earlier.running && !autocasts()) return with_later_sums(object, earlier, input);
+    if (earlier.running && !autocasts(input.ptr())) return with_later_sums(object, earlier, input);
     earlier.call.attr("w") = earlier.w;
     earlier.call.attr("b") = earlier.b;
-    return filter_.apply(input, anchor_, py::make_tuple(earlier.call, earlier.key, recorder_));
+    return filter_.apply(input, anchor_, py::make_tuple(earlier.call, earlier.key, receiver_));
   }
 
-  bool autocasts() const {
-    static PyObject* const cpu = interned("cpu");
-    return owned(PyObject_CallOneArg(filter_.autocasts.ptr(), cpu)).ptr() != Py_False;
+  bool autocasts(PyObject* input) const {
+    static PyObject* const device = interned("device");
+    static PyObject* const type = interned("type");
+    const py::object on = attribute(attribute(input, device).ptr(), type);
+    return owned(PyObject_CallOneArg(filter_.autocasts.ptr(), on.ptr())).ptr() != Py_False;
   }
 
   // A linear layer's value by torch's own function, of which no gradient at weight and bias is asked.
@@ -240,22 +244,26 @@ class CallTaker {
     const py::object w = detached(earlier.w.ptr()), b = detached(earlier.b.ptr());
     PyObject* const args[] = {input.ptr(), w.ptr(), b.ptr()};
     py::object y = owned(PyObject_Vectorcall(earlier.func.ptr(), args, 3, nullptr));
-    if (requires_grad(y.ptr())) {  // its edge, as the model may change the tensor in place
-      static PyObject* const grad_fn = interned("grad_fn");
-      outputs_.append(filter_.edge(attribute(y.ptr(), grad_fn), 0));
-    } else if (!earlier.requires_grad && filter_.grad_enabled().ptr() == Py_True) {
+    const bool first = !requires_grad(y.ptr());  // no gradient goes further
+    if (first) {
+      if (filter_.grad_enabled().ptr() != Py_True) return y;
       y.attr("requires_grad_")();
       outputs_.append(y);
-      y = filter_.alias(y, y.attr("shape"));
     } else {
-      return y;  // within no_grad
+      static PyObject* const grad_fn = interned("grad_fn");
+      outputs_.append(filter_.edge(attribute(y.ptr(), grad_fn), 0));
     }
     inputs_.push_back({object, input, version(input.ptr())});
+    // The model may change the value in place. That is forbidden for a leaf, and would lead a view past the edge.
+    static PyObject* const is_view = interned("_is_view");
+    if (first || owned(PyObject_CallMethodNoArgs(y.ptr(), is_view)).ptr() != Py_False)
+      return filter_.alias(y, y.attr("shape"));
     return y;
   }
 
   const CallFilter& filter_;
   const py::handle recorder_;  // it owns this taker
+  py::object receiver_;        // of the gradients at the outputs of calls: the graph keeps it, so it knows no recorder
   py::dict names_;
   py::list computed_, calls_, given_;
   py::dict seen_;
@@ -303,11 +311,14 @@ void bind_fisher_calls(py::module_& m) {
       .def(py::init<py::object, py::tuple, py::dict, const py::object&, py::tuple>())
       .def("add_to", &EarlierCall::add_to);
   py::class_<CallFilter>(m, "CallFilter")
-      .def(py::init<py::type, py::dict, py::object, py::object, py::object, py::object, py::object, py::object,
-                    py::object>());
+      .def(py::init([](py::type tensor, py::object classify, py::object apply, py::object autocasts,
+                       py::object grad_enabled, py::object alias, py::object edge, py::object add) {
+        return CallFilter{std::move(tensor),       std::move(classify), std::move(apply), std::move(autocasts),
+                          std::move(grad_enabled), std::move(alias),    std::move(edge),  std::move(add)};
+      }));
   py::class_<CallTaker>(m, "CallTaker")
-      .def(py::init<const CallFilter&, py::handle, py::dict, py::list, py::list, py::list, py::dict, py::sequence,
-                    py::object, py::object>(),
+      .def(py::init<const CallFilter&, py::handle, py::object, py::dict, py::list, py::list, py::list, py::dict,
+                    py::sequence, py::object, py::object>(),
            py::keep_alive<1, 2>())
       .def_property_readonly("outputs", &CallTaker::outputs)
       .def("add", &CallTaker::add);

@@ -31,8 +31,8 @@ struct Shape {
 // 1.13 with the columns; 256 x 1024: 1.04 and 1.22).
 constexpr std::int64_t kBlock = 2040;    // rows or columns that are shared at a time: bounds the workspace
 constexpr std::int64_t kRowPanels = 42;  // in a job's own rows, at most
-// Panels that are packed side by side: a place's values for them are whole lines, which are read once, and each panel is
-// written from its beginning to its end.
+// Panels that are packed side by side: a place's values for them are whole lines, which are read once, and each panel
+// is written from its beginning to its end.
 constexpr std::int64_t kPackPanels = 8;
 
 // Panels of kMR neighbouring values per place, `panel` elements apart.
@@ -143,8 +143,8 @@ class Contraction {
   }
 
  private:
-  // Into how many parts to cut each of `units` units of work: so that there are at least two jobs per thread, as one that
-  // was held up can then be helped, and, of few more, so many that all threads have nearly the same to do.
+  // Into how many parts to cut each of `units` units of work: so that there are at least two jobs per thread, as one
+  // that was held up can then be helped, and, of few more, so many that all threads have nearly the same to do.
   std::int64_t parts(std::int64_t units, std::int64_t least, std::int64_t most) const {
     if (threads == 1) return least;
     const auto idle = [&](std::int64_t parts) {  // of the threads' time

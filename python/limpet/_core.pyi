@@ -1,6 +1,6 @@
 """Types of the compiled module: addresses, sizes and strides are integers; dtype codes are those of limpet._launch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -204,6 +204,8 @@ def gather_rows(
 
 class PlainSums:  # of tensors
     def __init__(self, exchange: object, tensor: type, /) -> None: ...
+    def finite(self, tensor: Tensor, /) -> bool: ...
+    def same(self, a: Tensor, b: Tensor, /) -> bool: ...
     def linear(
         self, total: Tensor, bias_total: Tensor | None, output_grad: Tensor, input: Tensor, threads: int, /
     ) -> bool: ...
@@ -310,3 +312,46 @@ def gated_lateral_backward(
     threads: int,
     /,
 ) -> None: ...
+
+class EarlierCall:
+    def __init__(
+        self, func: object, args: tuple[Any, ...], kwargs: dict[str, Any], input: Tensor, record: tuple[Any, ...], /
+    ) -> None: ...
+    def add_to(self, sums: object, weight_name: str, bias_name: str | None, /) -> None: ...
+
+class CallFilter:
+    def __init__(
+        self,
+        tensor: type,
+        classify: Callable[[Any], int],
+        apply: Callable[..., Tensor],
+        autocasts: Callable[[str], bool],
+        grad_enabled: Callable[[], bool],
+        alias: Callable[..., Tensor],
+        edge: Callable[..., object],
+        add: Callable[..., bool],
+        /,
+    ) -> None: ...
+
+class CallTaker:
+    def __init__(
+        self,
+        filter: CallFilter,
+        recorder: object,
+        receiver: object,
+        names: dict[int, str],
+        computed: list[Tensor],
+        calls: list[Any],
+        given: list[EarlierCall | None],
+        seen: dict[Any, int],
+        earlier: Sequence[EarlierCall | None],
+        anchor: Tensor,
+        threads: int,
+        /,
+    ) -> None: ...
+    @property
+    def outputs(self) -> list[Any]: ...
+    def add(self, output_grads: Sequence[Tensor | None], /) -> None: ...
+
+def take_call(recorder: Any, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any: ...
+def leaves(node: object, /) -> list[int]: ...

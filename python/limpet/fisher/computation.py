@@ -31,6 +31,7 @@ from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
 
 _PLANS = 64  # kept at a time: a batch of another length or size has another
+_HELD = 0.5  # of the parameters' size: what linear layers may hold until the end of backward
 _ROUNDS = 4  # of probing: each may find calls that compute parameters from parameters, whose uses the next one sees
 
 Kinds = dict[str, dict[Operand, list[type[Contribution]]]]  # by parameter and operand, each use's kind
@@ -96,7 +97,7 @@ class Computation:
         if probe is None and (uses := self._planned(recorder, losses, batch.size, sums)) is not None:
             self._differentiate(losses, recorder, uses, scale)
             return losses.detach()
-        if recorder.taker.outputs:
+        if recorder.taker.outputs:  # an earlier batch's calls were taken for this one's
             self._latest = None
             recorder, losses = self._forward(batch)
         if batch.size > 1 and probe is None and self._unknown(recorder, batch.size):
@@ -118,7 +119,7 @@ class Computation:
             recorder, losses = self._forward(batch)
             uses = self._uses(recorder, losses, sums)
             kinds, behind = self._settle(recorder, losses, uses, batch.size)
-            recorder.on_backward = check.before(uses.arrived)
+            recorder.receiver.on_backward = check.before(uses.arrived)
         elif checked:
             before = RowCheck(losses, recorder, uses.splits, scale, keep=True)
             before.run_plain()
@@ -139,9 +140,8 @@ class Computation:
         columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses.squeeze(1),)  # whose gradient is a view
         for column in columns:
             last = column is columns[-1]
-            _, *output_grads = gradients(
-                column, [recorder.anchor, *recorder.taker.outputs], torch.full_like(column, scale), retain_graph=not last
-            )
+            at = [recorder.anchor, *recorder.taker.outputs]
+            _, *output_grads = gradients(column, at, torch.full_like(column, scale), retain_graph=not last)
             if output_grads:
                 recorder.taker.add(output_grads)
             uses.finish(last)
@@ -160,7 +160,7 @@ class Computation:
 
     def _uses(self, recorder: Recorder, losses: Tensor, sums: Mapping[str, Tensor]) -> Uses:  # losses [N, K]
         uses = Uses(sums, self._params, recorder.operands.computed, losses.shape[1])
-        recorder.on_backward = uses.arrived
+        recorder.receiver.on_backward = uses.arrived
         return uses
 
     def _planned(
@@ -181,7 +181,7 @@ class Computation:
         if self._mixing.possible(recorder.spans, samples) or self._leaves(losses):
             return None
         self._refuse_hooks(plan.uses.materialised)
-        recorder.on_backward = plan.uses.arrived
+        recorder.receiver.on_backward = plan.uses.arrived
         self._latest = plan
         return plan.uses
 
@@ -194,23 +194,27 @@ class Computation:
         if self._doubtful.isdisjoint(key for key, _ in calls):
             if len(self._plans) >= _PLANS:
                 self._forget_plans()
-            size = samples, losses.shape[1]
-            if losses.shape[1] == 1 and self._device.type == "cpu" and samples > 1:
+            if samples > 1 and losses.shape[1] == 1:
                 self._ask_together(recorder, uses)
+            size = samples, losses.shape[1]
             self._latest = _Plan(calls, recorder.calls, recorder.given, recorder.decided, size, uses)
             self._plans[_seen(recorder)] = self._latest
 
     def _ask_together(self, recorder: Recorder, uses: Uses) -> None:
-        found, size = [], 0
+        """Let the core add the squares of linear layers, once backward has given all their output gradients.
+
+        No Python runs between two layers then. Inputs and output gradients are held until the end of backward, so they
+        must be small beside the parameters.
+        """
+        layers, size = [], 0
         for (key, call, lead), given in zip(recorder.calls, recorder.given, strict=True):
-            if given is None or not isinstance(call, Linear) or self._layouts[key] != Layout(0):
-                continue
-            names = uses.plain(call)
-            if names is not None and names[0] is not None:
-                found.append((given, names))
-                size += lead.numel() * sum(call.w.shape)
-        if 2 * size <= sum(p.numel() for p in self._params.values()):
-            for given, names in found:
+            if given is not None and isinstance(call, Linear) and self._layouts[key] == Layout(0):
+                names = uses.alone(call)
+                if names is not None:
+                    layers.append((given, names))
+                    size += lead.numel() * sum(call.w.shape)
+        if size <= _HELD * sum(p.numel() for p in self._params.values()):
+            for given, names in layers:
                 given.add_to(uses.sums, *names)
 
     def _forget_plans(self) -> None:

@@ -39,7 +39,7 @@ class Probe:
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, objective: Objective, names: Mapping[int, str], declined: set[Key]
+        self, model: nn.Module, batch: Batch, objective: Objective, names: dict[int, str], declined: set[Key]
     ) -> None:
         self._names, self._model, self._objective, self._batch = names, model, objective, batch
         self._declined = declined

@@ -10,22 +10,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from limpet import _core
+from limpet._launch import threads
 from limpet.fisher.layout import candidates
 from limpet.fisher.mixing import Span, may_mix, span
 from limpet.fisher.operands import Operand, Operands
 from limpet.fisher.picks import deciding_values, may_pick
 from limpet.fisher.rules import FOLLOWED, OPENED, RULES, Call, Match, Rule
 from limpet.fisher.rules.base import Saved
-from limpet.ops import _fisher_launch as launch
+from limpet.ops._fisher_launch import add_plain_linear
 
 # What identifies a call in every forward pass: its function, its operands (weight, bias), how many leading dimensions
 # it has, and how many such calls came before it.
 Key = tuple[str, Operand | None, Operand | None, int, int]
 Record = tuple[Key, Call, torch.Size]  # with the sizes of the leading dimensions
+OnBackward = Callable[[Key, Call, Tensor, Saved], None]
 
 
 # What a tensor is asked for before anything is computed: half of the calls in a transformer's forward.
@@ -37,6 +40,13 @@ _QUESTIONS = frozenset(
 
 
 _LASTING = (Tensor, bool, int, float, str, tuple)  # the same object is the same argument
+
+
+class Receiver:
+    """Takes the gradients at the outputs of calls; the graph keeps it, and so it knows nothing of the recorder."""
+
+    def __init__(self, on_backward: OnBackward) -> None:
+        self.on_backward = on_backward
 
 
 class Recorder(TorchFunctionMode):
@@ -59,19 +69,22 @@ class Recorder(TorchFunctionMode):
         decided: the values by which the model may have decided which row is whose.
         spans: by function, the sizes along which its calls combined or moved rows.
         given: beside each of the calls, for another batch's ``earlier``.
+        receiver: takes the gradients at the outputs of the calls.
+        taker: takes the calls first. Its ``outputs`` are places of which it adds the squares itself: backward is to be
+            asked for the gradients there, for its ``add``.
     """
 
     def __init__(
         self,
-        names: Mapping[int, str],
+        names: dict[int, str],
         declined: set[Key],
-        on_backward: Callable[[Key, Call, Tensor, Saved], None],
+        on_backward: OnBackward,
         on_forward: Callable[[Key, Call, Tensor | None, Tensor], None] | None = None,
         probe: int = 0,
         earlier: Sequence[_core.EarlierCall | None] = (),
     ) -> None:
         super().__init__()
-        self.on_forward, self.on_backward = on_forward, on_backward
+        self.on_forward, self.receiver = on_forward, Receiver(on_backward)
         self.anchor = _anchor()
         self.operands = Operands(names)
         self.calls: list[Record] = []
@@ -82,9 +95,20 @@ class Recorder(TorchFunctionMode):
         self._declined, self._probe = declined, probe
         self._seen: dict[tuple[Any, ...], int] = {}
         self.taker = _core.CallTaker(
-            _filter(), self, names, self.operands.computed, self.calls, self.given, self._seen, earlier, self.anchor, torch.get_num_threads()
+            _filter(),
+            self,
+            self.receiver,
+            names,
+            self.operands.computed,
+            self.calls,
+            self.given,
+            self._seen,
+            earlier,
+            self.anchor,
+            threads(),
         )
 
+    # Takes what it knows by itself, in the core, and hands the rest to :meth:`take`.
     __torch_function__ = _core.take_call
 
     def take(self, func: Any, types: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Any:
@@ -132,7 +156,7 @@ class Recorder(TorchFunctionMode):
         record = key, call, lead
         self.calls.append(record)
         self.given.append(_given(match, record, func, args, kwargs))
-        y: Tensor = _Recorded.apply(x, self.anchor, (call, key, self))
+        y: Tensor = _Recorded.apply(x, self.anchor, (call, key, self.receiver))
         if self.on_forward is not None:
             self.on_forward(key, call, None if x is None else x.detach(), y.detach())
         return y
@@ -154,10 +178,10 @@ def _given(
 
 
 class _Recorded(torch.autograd.Function):
-    """A call's value; in backward its input's gradient, while the output's gradient goes to the recorder."""
+    """A call's value; in backward its input's gradient, while the output's gradient goes to the receiver."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor | None, anchor: Tensor, recorded: tuple[Call, Key, Recorder]) -> Tensor:
+    def forward(ctx: Any, x: Tensor | None, anchor: Tensor, recorded: tuple[Call, Key, Receiver]) -> Tensor:
         ctx.recorded = recorded
         call = recorded[0]
         device = anchor.device if x is None else x.device
@@ -177,9 +201,9 @@ class _Recorded(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, None, None]:
         if dy is None:
             return None, None, None
-        call, key, recorder = ctx.recorded
+        call, key, receiver = ctx.recorded
         saved = ctx.saved_tensors
-        recorder.on_backward(key, call, dy, saved)
+        receiver.on_backward(key, call, dy, saved)
         dx = call.input_grad(dy, saved) if ctx.needs_input_grad[0] else None
         return dx, None, None
 
@@ -235,14 +259,13 @@ def _anchor() -> Tensor:
 def _filter() -> _core.CallFilter:
     return _core.CallFilter(
         Tensor,
-        {},
         _kind,
         _Recorded.apply,
         torch.is_autocast_enabled,
         torch.is_grad_enabled,
         torch.ops.aten._unsafe_view.default,
-        torch.autograd.graph.GradientEdge,
-        None if launch._PLAIN is None else launch._PLAIN.linear,
+        GradientEdge,
+        add_plain_linear,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,9 +15,7 @@ from limpet.fisher.rules.base import Saved, Split
 from limpet.reference import wide
 
 if TYPE_CHECKING:
-    from limpet.fisher.recorder import Key, Recorder
-
-    OnBackward = Callable[[Key, Call, Tensor, Saved], None]
+    from limpet.fisher.recorder import Key, OnBackward, Recorder
 
 
 class RowCheck:
@@ -94,12 +92,13 @@ class RowCheck:
             if key in self._splits:
                 sizes[key] = self._sizes(key, call, dy) / factors.double()
 
-        on_backward, self._recorder.on_backward = self._recorder.on_backward, note
+        receiver = self._recorder.receiver
+        on_backward, receiver.on_backward = receiver.on_backward, note
         try:
             weights = (self._scale * factors).expand_as(self._losses)
             gradients(self._losses, self._recorder.anchor, weights, retain_graph=keep)
         finally:
-            self._recorder.on_backward = on_backward
+            receiver.on_backward = on_backward
         return sizes
 
     def _sizes(self, key: Key, call: Call, dy: Tensor) -> Tensor:  # [*lead, *features] -> [N, T]

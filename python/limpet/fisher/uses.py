@@ -67,20 +67,17 @@ class Uses:
             for gradient in self._gradients[operand]:
                 gradient.take(operand, contribution)
 
-    def plain(self, call: Call) -> tuple[str, str | None] | None:
-        """The names of weight and bias, if their sums are whole and nothing is joined before squaring."""
-        names: list[str | None] = []
-        for operand in (call.weight, call.bias):
-            if operand is None:
-                names.append(None)
-                continue
-            if operand.region is not None or operand.computed is not None:
-                return None
-            gradients = self._gradients[operand]
-            if len(gradients) != 1 or not gradients[0].alone:
-                return None
-            names.append(operand.name)
-        return names[0], names[1]
+    def alone(self, call: Call) -> tuple[str, str | None] | None:
+        """The names of a call's weight and bias, if both are whole parameters that no other use is joined with."""
+        if call.weight is None or not all(map(self._is_alone, (call.weight, call.bias))):
+            return None
+        return call.weight.name, None if call.bias is None else call.bias.name
+
+    def _is_alone(self, operand: Operand | None) -> bool:
+        if operand is None:
+            return True
+        gradients = self._gradients[operand]
+        return operand.region is None and operand.computed is None and len(gradients) == 1 and gradients[0].alone
 
     def _add_both(self, weight: tuple[Operand, Contribution], bias: tuple[Operand, Contribution]) -> bool:
         """Add a layer's two sums in one go, if it is one that allows it and nothing is to be joined before."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -232,6 +232,13 @@ def _plain_sums() -> _core.PlainSums | None:
 
 
 _PLAIN = _plain_sums()
+
+
+def _cannot(*_: Any) -> bool:
+    return False
+
+
+add_plain_linear: Callable[..., bool] = _cannot if _PLAIN is None else _PLAIN.linear  # as PlainSums.linear
 
 
 def surely_finite(tensor: Tensor) -> bool:
