@@ -15,7 +15,7 @@ from torch.nn import functional as F
 import limpet
 from cases import CASES, CLASSES, Case
 from limpet import _core
-from limpet.fisher.computation import _HELD
+from limpet.fisher.plans import _HELD
 from limpet.ops import _fisher_launch
 from test_diagonal_fisher import assert_fisher, double, one_by_one
 
@@ -33,7 +33,7 @@ def added(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         add(taker, output_grads)
 
     monkeypatch.setattr(_core.CallTaker, "add", counted)
-    monkeypatch.setattr("limpet.fisher.computation._HELD", 100.0)
+    monkeypatch.setattr("limpet.fisher.plans._HELD", 100.0)
     return counts
 
 
@@ -103,7 +103,7 @@ def test_places(in_place: bool, added: list[int]) -> None:
 def test_large_activations_are_not_held(
     samples: int, together: bool, added: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("limpet.fisher.computation._HELD", _HELD)
+    monkeypatch.setattr("limpet.fisher.plans._HELD", _HELD)
     pairs = [(torch.randn(samples, 6), torch.randint(CLASSES, (samples,))) for _ in range(3)]
     assert_agrees(network(nn.ReLU()), pairs)
     assert bool(added) == together
@@ -124,7 +124,7 @@ def test_tensors_that_the_core_cannot_read(added: list[int], monkeypatch: pytest
 
 def together_and_apart(model: nn.Module, pairs: list[Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
     together = limpet.diagonal_fisher(model, pairs)
-    monkeypatch.setattr("limpet.fisher.computation._HELD", -1.0)
+    monkeypatch.setattr("limpet.fisher.plans._HELD", -1.0)
     return together, limpet.diagonal_fisher(model, pairs)
 
 
@@ -160,7 +160,7 @@ def test_later_batches_of_other_calls(
     later: str, together: bool, added: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not together:
-        monkeypatch.setattr("limpet.fisher.computation._HELD", -1.0)
+        monkeypatch.setattr("limpet.fisher.plans._HELD", -1.0)
     torch.manual_seed(0)
 
     def forward(m: nn.Module, x: Tensor) -> Tensor:

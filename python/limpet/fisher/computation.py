@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,35 +18,21 @@ from limpet.fisher.layout import Layout
 from limpet.fisher.mixing import Mixing
 from limpet.fisher.operands import Operand
 from limpet.fisher.per_sample import add_squares, same_loss
+from limpet.fisher.plans import Plans, add_together, identity
 from limpet.fisher.precision import LossScale, gradients, without_tf32
 from limpet.fisher.probe import Probe
 from limpet.fisher.reading import Look
-from limpet.fisher.recorder import Key, Record, Recorder
+from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.row_check import RowCheck
 from limpet.fisher.rules.base import Split, prepare
-from limpet.fisher.rules.linear import Linear
 from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
 
-_PLANS = 64  # kept at a time: a batch of another length or size has another
-_HELD = 0.5  # of the parameters' size: what linear layers may hold until the end of backward
 _ROUNDS = 4  # of probing: each may find calls that compute parameters from parameters, whose uses the next one sees
 
 Kinds = dict[str, dict[Operand, list[type[Contribution]]]]  # by parameter and operand, each use's kind
-_Calls = tuple[tuple[Key, torch.Size], ...]  # of a forward pass
 Behind = dict[int, frozenset[str]]  # by the place of a computed tensor, the parameters it was computed from
-
-
-class _Plan(NamedTuple):
-    """What is done in batches of these calls."""
-
-    calls: _Calls
-    records: list[Record]  # of the last such batch, and what made them
-    given: list[_core.EarlierCall | None]
-    decided: list[object]
-    size: tuple[int, int]  # N, K
-    uses: Uses
 
 
 class Computation:
@@ -64,9 +49,8 @@ class Computation:
         self._layouts: dict[Key, Layout | None] = {}
         self._declined: set[Key] = set()
         self._changing: dict[Key, Tensor] = {}  # bool [T]: places whose rows were seen to change with their sample
-        self._checked: set[int] = set()  # of each checked batch, the shapes of its calls and what decided (hashed)
-        self._plans: dict[int, _Plan] = {}  # by the same, what is done in such a batch
-        self._latest: _Plan | None = None  # the last batch's
+        self._checked: set[int] = set()  # the identities of the passes that were checked
+        self._plans = Plans()
         self._doubtful: set[Key] = set()  # calls whose rows are checked in every batch
         self._mixing = Mixing()
         self.loss_scale = LossScale()
@@ -98,7 +82,7 @@ class Computation:
             self._differentiate(losses, recorder, uses, scale)
             return losses.detach()
         if recorder.taker.outputs:  # an earlier batch's calls were taken for this one's
-            self._latest = None
+            self._plans.begin_anew()
             recorder, losses = self._forward(batch)
         if batch.size > 1 and probe is None and self._unknown(recorder, batch.size):
             declined = set(self._declined)
@@ -147,8 +131,7 @@ class Computation:
             uses.finish(last)
 
     def _forward(self, batch: Batch, looks: Sequence[Look] = ()) -> tuple[Recorder, Tensor]:  # losses [N, K]
-        given = () if self._latest is None else self._latest.given
-        recorder = Recorder(self._names, self._declined, _nothing, earlier=given)
+        recorder = Recorder(self._names, self._declined, _nothing, earlier=self._plans.given)
         with recorder:
             losses = losses_of(self._model, batch, self._objective, looks)
         if not losses.requires_grad:
@@ -171,58 +154,25 @@ class Computation:
         sums: Mapping[str, Tensor],
     ) -> Uses | None:
         """What was settled for an earlier batch of the same calls, where nothing is left to find out about this one."""
-        plan = self._latest
-        if plan is None or plan.records != recorder.calls or plan.decided != recorder.decided:
-            plan = self._plans.get(_seen(recorder))
-            if plan is None or plan.calls != _calls(recorder):
-                return None
-        if plan.uses.sums is not sums or plan.size != (samples, losses.shape[1]):
+        uses = self._plans.find(recorder, (samples, losses.shape[1]), sums)
+        if uses is None or self._mixing.possible(recorder.spans, samples) or self._leaves(losses):
             return None
-        if self._mixing.possible(recorder.spans, samples) or self._leaves(losses):
-            return None
-        self._refuse_hooks(plan.uses.materialised)
-        recorder.receiver.on_backward = plan.uses.arrived
-        self._latest = plan
-        return plan.uses
+        self._refuse_hooks(uses.materialised)
+        recorder.receiver.on_backward = uses.arrived
+        return uses
 
     def _keep_plan(self, recorder: Recorder, losses: Tensor, uses: Uses, samples: int) -> None:
         """Keep what was settled, where it does not depend on the batch's values: it costs as much as a small layer."""
-        self._latest = None
+        self._plans.begin_anew()
         if self.slow or recorder.operands.computed or uses.sums is not self.sums.running:
             return
-        calls = _calls(recorder)
-        if self._doubtful.isdisjoint(key for key, _ in calls):
-            if len(self._plans) >= _PLANS:
-                self._forget_plans()
+        if self._doubtful.isdisjoint(key for key, _, _ in recorder.calls):
             if samples > 1 and losses.shape[1] == 1:
-                self._ask_together(recorder, uses)
-            size = samples, losses.shape[1]
-            self._latest = _Plan(calls, recorder.calls, recorder.given, recorder.decided, size, uses)
-            self._plans[_seen(recorder)] = self._latest
-
-    def _ask_together(self, recorder: Recorder, uses: Uses) -> None:
-        """Let the core add the squares of linear layers, once backward has given all their output gradients.
-
-        No Python runs between two layers then. Inputs and output gradients are held until the end of backward, so they
-        must be small beside the parameters.
-        """
-        layers, size = [], 0
-        for (key, call, lead), given in zip(recorder.calls, recorder.given, strict=True):
-            if given is not None and isinstance(call, Linear) and self._layouts[key] == Layout(0):
-                names = uses.alone(call)
-                if names is not None:
-                    layers.append((given, names))
-                    size += lead.numel() * sum(call.w.shape)
-        if size <= _HELD * sum(p.numel() for p in self._params.values()):
-            for given, names in layers:
-                given.add_to(uses.sums, *names)
-
-    def _forget_plans(self) -> None:
-        self._plans.clear()
-        self._latest = None
+                add_together(recorder, uses, self._layouts, self._params)
+            self._plans.keep(recorder, (samples, losses.shape[1]), uses)
 
     def _probe(self, batch: Batch) -> Probe:
-        self._forget_plans()
+        self._plans.clear()
         for _ in range(_ROUNDS):
             probe = Probe(self._model, batch, self._objective, self._names, self._declined)
             self._layouts.update(probe.layouts)
@@ -279,7 +229,7 @@ class Computation:
         They are where shapes are new, or the values by which rows are picked, where a function combined or moved the
         rows of several samples, and where a call was not seen to depend on its samples.
         """
-        seen = _seen(recorder)
+        seen = identity(recorder)
         known = seen in self._checked
         self._checked.add(seen)
         doubtful = any(key in self._doubtful for key, _, _ in recorder.calls)
@@ -287,7 +237,7 @@ class Computation:
 
     def _heed(self, check: RowCheck, recorder: Recorder, behind: Behind) -> bool:
         """Let parameters whose rows lie elsewhere go the per-sample way; whether there were any."""
-        self._forget_plans()
+        self._plans.clear()
         wrong = check.wrong()
         names = {
             name
@@ -337,14 +287,6 @@ def _uncompiled() -> AbstractContextManager[object]:
     if "torch._dynamo" not in sys.modules:  # then nothing is compiled, and importing it takes a second
         return nullcontext()
     return torch.compiler.set_stance("force_eager")
-
-
-def _calls(recorder: Recorder) -> _Calls:
-    return tuple((key, lead) for key, _, lead in recorder.calls)
-
-
-def _seen(recorder: Recorder) -> int:
-    return hash((_calls(recorder), tuple(recorder.decided)))
 
 
 def _parameters(operand: Operand, behind: Behind) -> frozenset[str]:
