@@ -96,10 +96,11 @@ def add_together(
     """
     layers, size = [], 0
     for (key, call, lead), given in zip(recorder.calls, recorder.given, strict=True):
-        names = uses.alone(call) if isinstance(call, Linear) and layouts[key] == Layout(0) else None
-        if given is not None and names is not None:
-            layers.append((given, names))
-            size += lead.numel() * sum(call.w.shape)
+        if given is not None and isinstance(call, Linear) and layouts[key] == Layout(0):
+            names = uses.alone(call)
+            if names is not None:
+                layers.append((given, names))
+                size += lead.numel() * sum(call.w.shape)
     if size <= _HELD * sum(p.numel() for p in params.values()):
         for given, names in layers:
             given.add_to(uses.sums, *names)
