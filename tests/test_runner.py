@@ -1,6 +1,7 @@
 """The runner, its report and the command line, end to end."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -386,7 +387,10 @@ def test_bad_arguments(arguments, code, message):
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGINT")
 def test_interrupted_run_leaves_no_report(tmp_path):
     command = [sys.executable, "-u", "-m", "limpet.cli", "run", "--epochs", "500", "--report", str(tmp_path / "r")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background would not
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    ) as process:
         assert process.stdout is not None
         assert "epoch 1/500" in process.stdout.readline()  # it is at work
         for _ in range(4):  # as a person would: torch may lose one that arrives while it loads a part of itself
