@@ -18,6 +18,8 @@ from limpet import _core
 from limpet.fisher.plans import _HELD
 from limpet.ops import _fisher_launch
 from test_diagonal_fisher import assert_fisher, double, one_by_one
+from test_zoo import ENTRIES
+from zoo import Entry, assert_exact, in_dtype
 
 BATCH = 4
 
@@ -74,6 +76,16 @@ def test_batches_of_one_size_agree_with_the_loop(case: Case) -> None:
     model = case.make_model().double()
     pairs = [double(case.make_batch(3)) for _ in range(3)]
     assert_fisher(limpet.diagonal_fisher(model, pairs), one_by_one(model, pairs), 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")  # torch's own
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_batches_that_come_again_change_no_mean(entry: Entry) -> None:
+    torch.manual_seed(0)
+    model, once = entry.make_model().double(), in_dtype(entry.make_batches(), torch.float64)
+    again = [pair for pair in once for _ in range(2)]
+    want = limpet.diagonal_fisher(model, once, loss=entry.loss)
+    assert_exact(limpet.diagonal_fisher(model, again, loss=entry.loss), want, torch.float64)
 
 
 @pytest.mark.parametrize("name", ["plain", "changed in place", "without biases", "frozen bias", "frozen weight"])

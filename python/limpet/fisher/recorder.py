@@ -38,7 +38,6 @@ _QUESTIONS = frozenset(
     [getattr(Tensor, name).__get__ for name in _ATTRIBUTES] + [getattr(Tensor, name) for name in _METHODS]
 )
 
-
 _LASTING = (Tensor, bool, int, float, str, tuple)  # the same object is the same argument
 
 
@@ -238,14 +237,17 @@ def _opened(func: Any) -> Callable[..., Any] | None:
     return copy
 
 
+_OTHER, _QUESTION, _PLAIN, _RULE = range(4)  # as csrc/bind_fisher_calls.cpp numbers them
+
+
 def _kind(func: Any) -> int:
-    """What the core needs to know of a function, see csrc/bind_fisher_calls.cpp."""
+    """What there is to do about a function's calls, for the core."""
     if func in _QUESTIONS:
-        return 1
+        return _QUESTION
     known = _known(func)
     if known.rule is not None:
-        return 3
-    return 0 if known.follow is not None or known.may_pick or known.may_mix else 2
+        return _RULE
+    return _OTHER if known.follow is not None or known.may_pick or known.may_mix else _PLAIN
 
 
 @lru_cache(1)
