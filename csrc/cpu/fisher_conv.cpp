@@ -3,6 +3,7 @@
 
 #include "cpu/conv_geometry.h"
 #include "cpu/conv_groups.h"
+#include "cpu/conv_winograd.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
@@ -172,6 +173,7 @@ void contract(const ConvArgs& args) {
 template <class S>
 std::int64_t workspace_bytes(const ConvArgs& args) {
   if (lanes_are_groups<S>(args)) return GroupsLayout<S>(args, ConvGeometry(args)).end;
+  if (tiles_are_faster<S>(args)) return TilesLayout<S>(args).end;
   return Layout<S>(args, Shape(args)).end;
 }
 
@@ -184,6 +186,8 @@ void sum_grad_squared_conv(const ConvArgs& args) {
     using Stored = decltype(stored);
     if (lanes_are_groups<Compute<Stored>>(args))
       contract_groups<Stored>(args);
+    else if (tiles_are_faster<Compute<Stored>>(args))
+      contract_tiles<Stored>(args);
     else
       contract<Stored>(args);
   });
