@@ -1,11 +1,16 @@
 // The Python module limpet._core; bind_<family>.cpp holds what it has of each family.
 
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
 #endif
-
-#include <cstdlib>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 
 #include "bind.h"
 #include "cpu/isa.h"
@@ -22,11 +27,35 @@ void prefer_huge_pages([[maybe_unused]] Address address, [[maybe_unused]] std::i
 #endif
 }
 
-// glibc raises its limits by itself when a mapped block of at most 32 MB is freed (mallopt(3), M_MMAP_THRESHOLD). The
-// block is never written to; volatile, or the compiler would leave both calls out.
+#if defined(__GLIBC__)
+// Whoever set malloc's limits meant them.
+bool malloc_is_ours() {
+  for (const char* name : {"MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"})
+    if (std::getenv(name)) return false;
+  const char* const tunables = std::getenv("GLIBC_TUNABLES");
+  return !tunables || !std::strstr(tunables, "glibc.malloc.");
+}
+#endif
+
+// glibc keeps freed memory up to a limit, and maps blocks of over 32 MB one by one whatever limits are set
+// (mallopt(3)).
 void keep_freed_memory() {
-  void* volatile block = std::malloc((32 << 20) - (64 << 10));
-  std::free(block);
+#if defined(__GLIBC__)
+  static const bool done =
+      malloc_is_ours() && mallopt(M_MMAP_THRESHOLD, 32 << 20) && mallopt(M_TRIM_THRESHOLD, 1 << 30);
+  static_cast<void>(done);
+#endif
+}
+
+// While some block of code holds this, the large blocks come from the memory that is kept, too.
+void hold_large_blocks([[maybe_unused]] bool hold) {
+#if defined(__GLIBC__)
+  static const bool ours = malloc_is_ours();
+  static std::atomic<int> holders{0};
+  constexpr int kDefaultMaps = 65536;
+  const int before = holders.fetch_add(hold ? 1 : -1);
+  if (ours && before == (hold ? 0 : 1)) mallopt(M_MMAP_MAX, hold ? 0 : kDefaultMaps);
+#endif
 }
 
 py::dict build_info() {
@@ -57,6 +86,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("build_info", build_info);
   m.def("prefer_huge_pages", prefer_huge_pages);
   m.def("keep_freed_memory", keep_freed_memory);
+  m.def("hold_large_blocks", hold_large_blocks);
 
   bind_fisher(m);
   bind_quadratic(m);

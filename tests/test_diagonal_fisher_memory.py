@@ -65,3 +65,30 @@ print(min([faults() for _ in range(6)][1:]))  # otherwise 5120, as a rule
     plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
     result = subprocess.run([sys.executable, "-c", script], env=plain, capture_output=True, text=True, check=True)
     assert int(result.stdout) < 100
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators have limits of their own")
+@pytest.mark.parametrize("limits", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_large_blocks_are_kept_during_a_batch_unless_malloc_was_set_up(limits):
+    script = """
+import resource, torch, limpet
+from torch import nn
+def faults(f):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    f()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+model = nn.Sequential(nn.Linear(1, 1 << 15), nn.ReLU(), nn.Linear(1 << 15, 2))
+batch = torch.randn(300, 1), torch.zeros(300, dtype=torch.int64)  # activations of 39 MB, of 9600 pages
+accumulator = limpet.FisherAccumulator(model)
+for _ in range(3):
+    accumulator.add(batch)
+print(min(faults(lambda: accumulator.add(batch)) for _ in range(3)))
+print(min(faults(lambda: torch.ones(300 << 20, dtype=torch.uint8)) for _ in range(3)))
+"""
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env={**plain, **limits}, capture_output=True, text=True, check=True
+    )
+    during, outside = map(int, result.stdout.split())
+    assert during > 9000 if limits else during < 100
+    assert outside > 70000  # mapped as ever: a block that is larger than all that was kept

@@ -61,10 +61,11 @@ struct TilesLayout {
     strip = max_of(1, min_of(tiles.down, kStripTiles / max_of(1, tiles.across)));
     strips = ceil_div(tiles.down, strip);
     const std::int64_t count = strip * tiles.across;
+    const std::int64_t blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));  // of a job, at most
     samples = tiles.frames * strips > 1 ? 1 : max_of(1, min_of(args.samples, kStripTiles / max_of(1, count)));
     rows = 2 * strip + 2;
     across = 2 * tiles.across + 2;
-    sample_inputs = ceil_div(kRowBlocks * kMR, lanes<S>) * Panel<S>{count, lanes<S>}.size();
+    sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{count, lanes<S>}.size();
     sample_grads = Panel<S>{count, kNR<S>}.size();
     offsets = 0;
     threads = bytes(count, 8);
@@ -72,8 +73,8 @@ struct TilesLayout {
     inputs = packed + bytes(rows * across * lanes<S>, size);
     grads = inputs + bytes(samples * sample_inputs, size);
     products = grads + bytes(samples * sample_grads, size);
-    sums = products + bytes(kRowBlocks * kPoints * kBlock<S>, size);
-    thread = sums + bytes(kRowBlocks * kTaps * kBlock<S>, size);
+    sums = products + bytes(blocks * kPoints * kBlock<S>, size);
+    thread = sums + bytes(blocks * kTaps * kBlock<S>, size);
     end = threads + thread * max_of(1, args.threads);
   }
 };

@@ -366,7 +366,7 @@ class ProgressiveNetwork(nn.Module):
         if self.columns:
             self.freeze()
         if self._place.device.type == "cpu":
-            # glibc is to keep what one step frees for the next, up to 64 MB: otherwise the system clears the pages of
+            # glibc is to keep what one step frees for the next, up to 1 GB: otherwise the system clears the pages of
             # the laterals' gradients again in every step, a tenth of a step of five columns of three layers of 512.
             _core.keep_freed_memory()
         self.columns.append(column)
