@@ -53,6 +53,24 @@ cpu::ConvArgs conv_args(Address total, Address output_grad, Address input, const
   return args;
 }
 
+cpu::ConvInputGradArgs conv_input_grad_args(Address input_grad, Address output_grad, Address weight,
+                                            const Fixed<3>& sizes, const Fixed<2>& output_size, const Fixed<2>& padding,
+                                            int dtype, Address workspace, int threads) {
+  cpu::ConvInputGradArgs args{};
+  args.input_grad = pointer<void>(input_grad);
+  args.output_grad = pointer<const void>(output_grad);
+  args.weight = pointer<const void>(weight);
+  args.samples = sizes[0];
+  args.out_channels = sizes[1];
+  args.in_channels = sizes[2];
+  copy(output_size, args.output_size);
+  copy(padding, args.padding);
+  args.dtype = static_cast<Dtype>(dtype);
+  args.workspace = pointer<void>(workspace);
+  args.threads = threads;
+  return args;
+}
+
 }  // namespace
 
 void bind_fisher(py::module_& m) {
@@ -83,6 +101,20 @@ void bind_fisher(py::module_& m) {
           const py::gil_scoped_release release;
           cpu::kernels().sum_grad_squared_conv(args);
         });
+
+  m.def("conv_input_grad_workspace",
+        [](const Fixed<3>& sizes, const Fixed<2>& output_size, const Fixed<2>& padding, int dtype, int threads) {
+          return cpu::kernels().conv_input_grad_workspace(
+              conv_input_grad_args(0, 0, 0, sizes, output_size, padding, dtype, 0, threads));
+        });
+  m.def("conv_input_grad", [](Address input_grad, Address output_grad, Address weight, const Fixed<3>& sizes,
+                              const Fixed<2>& output_size, const Fixed<2>& padding, int dtype, Address workspace,
+                              int threads) {
+    const auto args =
+        conv_input_grad_args(input_grad, output_grad, weight, sizes, output_size, padding, dtype, workspace, threads);
+    const py::gil_scoped_release release;
+    cpu::kernels().conv_input_grad(args);
+  });
 
   m.def("sum_grad_squared_channel",
         [](Address total, Address output_grad, Address input, Address shift, const Fixed<4>& sizes,

@@ -111,6 +111,35 @@ def test_conv_on_any_geometry(data):
     assert_close(ops.sum_grad_squared_conv(d, x, kernel, stride, padding, dilation, groups), want)
 
 
+@given(data=st.data())
+@settings(max_examples=40)
+def test_conv_by_tiles(data):
+    """Kernels of 3 x 3 with a step of one, as many channels as a vector has lanes or more; outputs may end early."""
+    draw = data.draw
+    groups, samples = draw(st.integers(1, 2)), draw(st.integers(1, 5))
+    padding = draw(st.tuples(*[st.integers(0, 3)] * 2))
+    x = torch.randn(samples, groups * draw(st.integers(16, 40)), *draw(st.tuples(*[st.integers(3, 21)] * 2)))
+    ends = [draw(st.integers(0, 1)) for _ in range(2)]  # places that the gradient lacks at the end
+    size = (max(0, x.shape[2 + i] + 2 * padding[i] - 2 - ends[i]) for i in range(2))
+    d = torch.randn(samples, groups * draw(st.integers(16, 70)), *size)
+    if draw(st.booleans()):
+        d, x = (t.contiguous(memory_format=torch.channels_last) for t in (d, x))
+    elif draw(st.booleans()):
+        d, x = (t.mT.contiguous().mT for t in (d, x))
+    got = ops.sum_grad_squared_conv(d, x, 3, 1, padding, 1, groups)
+    d = torch.nn.functional.pad(d, [0, ends[1], 0, ends[0]])
+    want = reference.sum_grad_squared_conv(d.double(), x.double(), [3, 3], [1, 1], list(padding), [1, 1], groups)
+    assert_close(got, want)
+
+
+def test_conv_by_tiles_sums_as_single_samples_do():
+    d, x = torch.randn(7, 20, 8, 8), torch.randn(7, 40, 8, 8)
+    one_by_one = torch.zeros(20, 40, 3, 3)
+    for n in range(7):
+        ops.sum_grad_squared_conv(d[n : n + 1], x[n : n + 1], 3, 1, 1, into=one_by_one)
+    assert_close(ops.sum_grad_squared_conv(d, x, 3, 1, 1), one_by_one)
+
+
 def test_conv_empty():
     assert ops.sum_grad_squared_conv(torch.zeros(0, 2, 3), torch.zeros(0, 1, 4), 2).tolist() == [[[0, 0]], [[0, 0]]]
 
@@ -174,10 +203,11 @@ def test_embedding(dtype, padding_idx):
 
 
 def test_threads_do_not_change_a_bit():
-    case, grouped = CONV[5], CONV[10]
+    case, grouped, tiled = CONV[5], CONV[10], CONV[18]
     d, a = torch.randn(100, 16, 100), torch.randn(100, 16, 300)
     cd, cx = case.make(torch.float32)
     gd, gx = grouped.make(torch.float32)
+    td, tx = tiled.make(torch.float32)
     bd = torch.randn(20, 40, 333)
     results = []
     for threads in (1, 2, 3):
@@ -188,6 +218,7 @@ def test_threads_do_not_change_a_bit():
                 ops.sum_grad_squared_linear(d[:, 0], a[:, 0]),
                 ops.sum_grad_squared_conv(cd, cx, case.kernel, **case.geometry),
                 ops.sum_grad_squared_conv(gd, gx, grouped.kernel, **grouped.geometry),
+                ops.sum_grad_squared_conv(td, tx, tiled.kernel, **tiled.geometry),
                 ops.sum_grad_squared_bias(bd),
                 ops.sum_grad_squared_scale(bd, bd, channel_dim=1, shift=bd[0, :, 0]),
                 ops.sum_grad_squared_embedding(d, torch.arange(1600).reshape(100, 16) % 7, 9),

@@ -10,8 +10,6 @@ namespace limpet::cpu {
 namespace {
 
 constexpr std::int64_t kTaps = 9;
-template <class S>
-constexpr std::int64_t kBlock = kMR * kNR<S>;  // elements of a register tile
 
 // Whether tiles take less work: a sample costs 16 products a tile, and as much as some 80 to put them together and add
 // their squares, against 9 products a place (measured: 16 places are as fast without). Panels that would be mostly
@@ -27,15 +25,6 @@ bool tiles_are_faster(const ConvArgs& args) {
   const std::int64_t places = args.output_size[0] * args.output_size[1] * args.output_size[2];
   return kPoints * output_tiles(args.output_size).count() + 80 < kTaps * places;
 }
-
-// Transformed values: [panel, point, tile, width], with a vector between points, as steps of whole pages would all fall
-// on the same lines of a cache.
-template <class S>
-struct Panel {
-  std::int64_t tiles, width;
-  LIMPET_FORMULA std::int64_t point() const { return tiles * width + lanes<S>; }
-  LIMPET_FORMULA std::int64_t size() const { return kPoints * point(); }
-};
 
 // What a job computes is one panel of the output channels for some blocks of input channels. It transforms what it
 // needs by itself, strip by strip of a picture, or some small pictures at a time: values that went through memory to

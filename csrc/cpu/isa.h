@@ -39,6 +39,18 @@ struct ConvArgs {
   int threads;
 };
 
+// A convolution of pictures with a kernel of 3 x 3 and a step of one; all tensors are contiguous, float32 or float64.
+struct ConvInputGradArgs {
+  void* input_grad;         // [N, C, Y0 + 2 - 2 P0, Y1 + 2 - 2 P1]; written
+  const void* output_grad;  // [N, O, Y0, Y1]
+  const void* weight;       // [O, C, 3, 3]
+  std::int64_t samples, out_channels, in_channels;
+  std::int64_t output_size[2], padding[2];  // padding at most 2
+  Dtype dtype;
+  void* workspace;  // conv_input_grad_workspace() bytes
+  int threads;
+};
+
 // A canonical [N, A, C, B] view: bias and scale act along C, a sample's places are A x B.
 struct ChannelArgs {
   void* total;              // [C] compute type of dtype; added to
@@ -97,6 +109,8 @@ struct Kernels {
   void (*sum_grad_squared_linear)(const LinearArgs&);
   std::int64_t (*conv_workspace)(const ConvArgs&);
   void (*sum_grad_squared_conv)(const ConvArgs&);
+  std::int64_t (*conv_input_grad_workspace)(const ConvInputGradArgs&);
+  void (*conv_input_grad)(const ConvInputGradArgs&);
   void (*sum_grad_squared_channel)(const ChannelArgs&);
   void (*sum_grad_squared_norm)(const NormArgs&);
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);

@@ -17,6 +17,17 @@ namespace limpet::cpu {
 namespace {
 
 constexpr int kPoints = 16;  // products of a tile
+template <class S>
+constexpr std::int64_t kBlock = kMR * kNR<S>;  // elements of a register tile
+
+// Transformed values: [panel, point, tile, width], with a vector between points, as steps of whole pages would all fall
+// on the same lines of a cache.
+template <class S>
+struct Panel {
+  std::int64_t tiles, width;
+  LIMPET_FORMULA std::int64_t point() const { return tiles * width + lanes<S>; }
+  LIMPET_FORMULA std::int64_t size() const { return kPoints * point(); }
+};
 
 // Tiles of the outputs, those of a picture's last row and column with zeros behind its end.
 struct OutputTiles {

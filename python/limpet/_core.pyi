@@ -138,6 +138,19 @@ def sum_grad_squared_conv(
     threads: int,
     /,
 ) -> None: ...
+def conv_input_grad_workspace(sizes: Sizes, output_size: Sizes, padding: Sizes, dtype: int, threads: int, /) -> int: ...
+def conv_input_grad(
+    input_grad: int,
+    output_grad: int,
+    weight: int,
+    sizes: Sizes,
+    output_size: Sizes,
+    padding: Sizes,
+    dtype: int,
+    workspace: int,
+    threads: int,
+    /,
+) -> None: ...
 def sum_grad_squared_channel(
     total: int,
     output_grad: int,

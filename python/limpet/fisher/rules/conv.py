@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from limpet.fisher.contributions import Contribution, Convolution, Vector
 from limpet.fisher.operands import Operand
 from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
+from limpet.ops.conv_input_grad import conv_input_grad, is_faster
 
 Sizes = int | Sequence[int]
 
@@ -59,6 +60,9 @@ class Conv(Call):
         return y, (x,)
 
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
+        geometry = self.stride, self.padding, self.dilation, self.groups
+        if not self.transposed and is_faster(dy, saved[0], self.w, *geometry):
+            return conv_input_grad(dy, self.w, self.padding)
         return torch.ops.aten.convolution_backward(
             dy, saved[0], self.w, None, self.stride, self.padding, self.dilation,
             self.transposed, self.output_padding, self.groups, (True, False, False),

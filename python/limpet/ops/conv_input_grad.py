@@ -1,0 +1,79 @@
+"""The gradient at the input of convolutions with kernels of 3 x 3, on the CPU: half of what torch's takes.
+
+The Fisher information needs no gradient of the weights beside the squared ones, so that this is half of its backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from limpet import _core, _launch
+
+_CHANNELS = 16  # of a vector's lanes: with fewer, most of them would be empty
+_PLACES = 16  # of a picture: with as few, tiles are mostly padding, and torch's convolution leaves that out
+
+
+def is_faster(
+    output_grad: Tensor,  # [N, O, Y0, Y1]
+    input: Tensor,  # [N, C, X0, X1]
+    weight: Tensor,  # [O, C / groups, K0, K1]
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> bool:
+    """Whether :func:`conv_input_grad` takes this convolution, and is expected to be faster than torch.
+
+    Both are convolved directly by torch where a picture lies in memory with its channels last.
+    """
+    return (
+        groups == 1
+        and weight.shape[2:] == (3, 3)
+        and (*stride, *dilation) == (1, 1, 1, 1)
+        and max(padding) <= 2
+        and min(weight.shape[:2]) >= _CHANNELS
+        and input[0, 0].numel() > _PLACES
+        and output_grad.dtype == weight.dtype
+        and output_grad.dtype in (torch.float32, torch.float64)
+        and all(type(t) is Tensor and t.device.type == "cpu" for t in (output_grad, input))
+        and output_grad.is_contiguous()
+        and input.is_contiguous()
+    )
+
+
+def conv_input_grad(
+    output_grad: Tensor,  # [N, O, Y0, Y1], contiguous
+    weight: Tensor,  # [O, C, 3, 3]
+    padding: Sequence[int],
+) -> Tensor:  # [N, C, Y0 + 2 - 2 P0, Y1 + 2 - 2 P1]
+    r"""The gradient of :math:`\sum dy \cdot \mathrm{conv2d}(x, w)` in ``x``, for a step of one and no dilation.
+
+    Winograd's F(2x2, 3x3) (Lavin and Gray 2016, arXiv:1509.09308, section 4): 16 products for four places instead of
+    36. In float32 its error is about that of a direct convolution.
+
+    >>> conv_input_grad(torch.ones(1, 1, 2, 2), torch.arange(9.0).view(1, 1, 3, 3), (1, 1))
+    tensor([[[[ 8., 12.],
+              [20., 24.]]]])
+    """
+    samples, out_channels, *size = output_grad.shape
+    shape = (samples, weight.shape[1], *(y + 2 - 2 * p for y, p in zip(size, padding, strict=True)))
+    input_grad = output_grad.new_empty(shape)
+    if input_grad.numel() == 0:
+        return input_grad
+    weight = weight.detach().contiguous()
+    geometry = (samples, out_channels, weight.shape[1]), tuple(size), tuple(padding)
+    dtype, threads = _launch.DTYPE_CODES[output_grad.dtype], _launch.threads()
+    workspace = _launch.workspace(_core.conv_input_grad_workspace(*geometry, dtype, threads), output_grad.device)
+    _core.conv_input_grad(
+        input_grad.data_ptr(),
+        output_grad.data_ptr(),
+        weight.data_ptr(),
+        *geometry,
+        dtype,
+        workspace.data_ptr(),
+        threads,
+    )
+    return input_grad
