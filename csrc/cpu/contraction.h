@@ -101,7 +101,7 @@ void run_tile(const Tile<S>& tile, int v0) {
 
     const S* rows[MR];
     for (int r = 0; r < MR; ++r) rows[r] = tile.rows[r] + n * tile.row_sample;
-    const auto place = [&](std::int64_t t) {
+    const auto place = [&](std::int64_t t) __attribute__((always_inline)) {
       const std::int64_t offset = tile.offsets[t];
       V column[NV];
       for (int v = 0; v < NV; ++v) column[v] = load(columns + v * lanes<S>);

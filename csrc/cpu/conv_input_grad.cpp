@@ -145,7 +145,7 @@ void input_grad(const ConvInputGradArgs& args) {
     const Picture<S> picture{reinterpret_cast<S*>(scratch), layout.rows, layout.across};
     S* const packed = reinterpret_cast<S*>(scratch + layout.packed);
     S* const values = reinterpret_cast<S*>(scratch + layout.values);
-    S* const products = reinterpret_cast<S*>(scratch + layout.products);  // [point, block, row, column]
+    S* const products = reinterpret_cast<S*>(scratch + layout.products);
     S* const out = reinterpret_cast<S*>(scratch + layout.out);
 
     const std::int64_t picture_size = args.output_size[0] * args.output_size[1];
@@ -170,27 +170,21 @@ void input_grad(const ConvInputGradArgs& args) {
     for (std::int64_t q = 0; q < layout.panels; ++q) {
       const int width = panel_vectors<S>(channels, q * kNR<S>);
       const Panel<S> panel{out_channels, width * lanes<S>};
-      for (int f = 0; f < kPoints; ++f)
-        for (std::int64_t o = 0; o < out_channels; o += kSegmentChannels) {
-          Tile<S> tile;
-          tile.offsets = offsets;
-          tile.samples = 1;
-          tile.row_sample = 0;
-          tile.places = min_of(kSegmentChannels, out_channels - o);
-          tile.columns = kernels + q * layout.kernels.size() + f * panel.point() + o * panel.width;
-          tile.width = panel.width;
-          tile.sum = products;
-          tile.sum_step = kNR<S>;
-          tile.squares = false;
-          tile.first = o == 0;
-          tile.last = false;
-          tile.carry = products + f * blocks * kBlock<S>;
-          const S* const base = values + o / lanes<S> * value_panel.size() + f * value_panel.point();
-          for (std::int64_t block = 0; block < blocks; ++block, tile.carry += kBlock<S>) {
-            for (int r = 0; r < kMR; ++r) tile.rows[r] = base + row_offsets[block * kMR + r];
-            run_tile(tile, static_cast<int>(min_of(kMR, rows - block * kMR)), width);
-          }
-        }
+      PointProducts<S> p;
+      p.rows = values;
+      p.row_point = value_panel.point();
+      p.row_run = kSegmentChannels / lanes<S> * value_panel.size();
+      p.row_offsets = row_offsets;
+      p.place_offsets = offsets;
+      p.columns = kernels + q * layout.kernels.size();
+      p.column_point = panel.point();
+      p.num_rows = rows;
+      p.places = out_channels;
+      p.run = kSegmentChannels;
+      p.vectors = width;
+      p.add = false;
+      p.products = products;
+      multiply(p);
 
       const std::int64_t height = min_of(2 * strip.down, layout.size[0] - 2 * down);
       for (int v = 0; v < width; ++v) {

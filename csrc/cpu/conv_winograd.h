@@ -26,11 +26,13 @@ bool tiles_are_faster(const ConvArgs& args) {
   return kPoints * output_tiles(args.output_size).count() + 80 < kTaps * places;
 }
 
-// What a job computes is one panel of the output channels for some blocks of input channels. It transforms what it
-// needs by itself, strip by strip of a picture, or some small pictures at a time: values that went through memory to
-// other cores cost more than transforming them again (a half of all time with 64 channels on two threads).
+// What a job computes is some panels of output channels for some blocks of input channels. It transforms what it needs
+// by itself, strip by strip of a picture, or some small pictures at a time: values that went through memory to other
+// cores cost more than transforming them again (a half of all time with 64 channels on two threads).
 constexpr std::int64_t kStripTiles = 64;
-constexpr std::int64_t kRowBlocks = 16;  // of a job
+constexpr std::int64_t kRowBlocks = 16;
+template <class S>
+constexpr std::int64_t kJobPanels = 64 / kNR<S>;
 
 // Workspace: offsets of tiles | per thread: a strip with zeros around it, packed without, panels of inputs, a panel of
 // gradients, products, sums of squares.
@@ -40,6 +42,7 @@ struct TilesLayout {
   std::int64_t samples;                                        // at a time
   std::int64_t strip, strips;                                  // rows of tiles of a strip, strips of a picture
   std::int64_t rows, across;                                   // of a strip with zeros around it
+  std::int64_t blocks, panels;                                 // of a job, at most
   std::int64_t sample_inputs, sample_grads;                    // elements of a strip
   std::int64_t offsets, threads, end;                          // in bytes
   std::int64_t packed, inputs, grads, products, sums, thread;  // in bytes; within a thread's part
@@ -50,10 +53,11 @@ struct TilesLayout {
     strip = max_of(1, min_of(tiles.down, kStripTiles / max_of(1, tiles.across)));
     strips = ceil_div(tiles.down, strip);
     const std::int64_t count = strip * tiles.across;
-    const std::int64_t blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));  // of a job, at most
-    samples = tiles.frames * strips > 1 ? 1 : max_of(1, min_of(args.samples, kStripTiles / max_of(1, count)));
+    samples = one_strip() ? max_of(1, min_of(args.samples, kStripTiles / max_of(1, count))) : 1;
     rows = 2 * strip + 2;
     across = 2 * tiles.across + 2;
+    blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));
+    panels = min_of(kJobPanels<S>, ceil_div(args.out_channels / args.groups, kNR<S>));
     sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{count, lanes<S>}.size();
     sample_grads = Panel<S>{count, kNR<S>}.size();
     offsets = 0;
@@ -62,10 +66,12 @@ struct TilesLayout {
     inputs = packed + bytes(rows * across * lanes<S>, size);
     grads = inputs + bytes(samples * sample_inputs, size);
     products = grads + bytes(samples * sample_grads, size);
-    sums = products + bytes(blocks * kPoints * kBlock<S>, size);
-    thread = sums + bytes(blocks * kTaps * kBlock<S>, size);
+    sums = products + bytes((one_strip() ? 1 : panels) * blocks * kPoints * kBlock<S>, size);
+    thread = sums + bytes(panels * blocks * kTaps * kBlock<S>, size);
     end = threads + thread * max_of(1, args.threads);
   }
+
+  bool one_strip() const { return tiles.frames * strips == 1; }
 };
 
 // The gradients' values at the points.
@@ -145,106 +151,152 @@ void add_transposed(const S* sums, std::int64_t width, std::int64_t count, std::
     }
 }
 
+// One job: input channels [row0, row0 + rows) of a group with output channels [column0, column0 + columns).
+template <class Stored>
+class TilesJob {
+  using S = Compute<Stored>;
+
+ public:
+  TilesJob(const ConvArgs& args, const TilesLayout<S>& layout, int worker, std::int64_t group, std::int64_t row0,
+           std::int64_t rows, std::int64_t column0, std::int64_t columns)
+      : args_(args),
+        layout_(layout),
+        channels_(args.in_channels / args.groups),
+        rows_(rows),
+        columns_(columns),
+        first_channel_(group * channels_ + row0),
+        first_column_(group * (args.out_channels / args.groups) + column0),
+        total_(static_cast<S*>(args.total) + (first_column_ * channels_ + row0) * kTaps),
+        scratch_(static_cast<char*>(args.workspace) + layout.threads + layout.thread * worker) {}
+
+  void run() {
+    for (std::int64_t i = 0; i < panels() * blocks() * kTaps * kBlock<S>; ++i) sums()[i] = 0;
+    const std::int64_t strips = layout_.tiles.frames * layout_.strips;
+    for (std::int64_t n = 0; n < args_.samples; n += layout_.samples)
+      for (std::int64_t s = 0; s < strips; ++s)
+        add_strip(n, min_of(layout_.samples, args_.samples - n), s, s + 1 == strips);
+    for (std::int64_t q = 0; q < panels(); ++q)
+      add_transposed(sums() + q * blocks() * kTaps * kBlock<S>, kNR<S>, rows_ * kTaps,
+                     min_of(kNR<S>, columns_ - q * kNR<S>), total_ + q * kNR<S> * channels_ * kTaps, channels_ * kTaps);
+  }
+
+ private:
+  std::int64_t blocks() const { return ceil_div(rows_, kMR); }
+  std::int64_t panels() const { return ceil_div(columns_, kNR<S>); }
+  S* sums() const { return reinterpret_cast<S*>(scratch_ + layout_.sums); }  // [panel, block, row, tap, column]
+  S* inputs() const { return reinterpret_cast<S*>(scratch_ + layout_.inputs); }
+  S* grads() const { return reinterpret_cast<S*>(scratch_ + layout_.grads); }
+
+  // Strip s of some samples, the last of theirs or not.
+  void add_strip(std::int64_t n0, std::int64_t samples, std::int64_t s, bool last) {
+    const std::int64_t frame = s / layout_.strips, down = s % layout_.strips * layout_.strip;
+    const OutputTiles strip{1, min_of(layout_.strip, layout_.tiles.down - down), layout_.tiles.across};
+    const Panel<S> panel{strip.count(), lanes<S>};
+    std::int64_t row_offsets[kRowBlocks * kMR];
+    for (std::int64_t i = 0; i < blocks() * kMR; ++i) {
+      const std::int64_t c = min_of(i, rows_ - 1);
+      row_offsets[i] = c / lanes<S> * panel.size() + c % lanes<S>;
+    }
+    for (std::int64_t n = 0; n < samples; ++n) transform_inputs_of(n0 + n, frame, down, strip, n);
+
+    // With few tiles a block's products and sums stay in the first cache, with many a point's gradients.
+    const bool few = layout_.one_strip() && 2 * strip.count() <= kStripTiles;
+    const std::int64_t together = few ? kMR : rows_;
+    for (std::int64_t q = 0; q < panels(); ++q) {
+      const int vectors = panel_vectors<S>(columns_, q * kNR<S>);
+      for (std::int64_t n = 0; n < samples; ++n) transform_grads_of(n0 + n, frame, down, strip, q, n);
+      for (std::int64_t row = 0; row < rows_; row += together)
+        for (std::int64_t n = 0; n < samples; ++n) {
+          PointProducts<S> p;
+          p.rows = inputs() + n * layout_.sample_inputs;
+          p.row_point = panel.point();
+          p.row_run = 0;
+          p.row_offsets = row_offsets + row;
+          p.place_offsets = reinterpret_cast<std::int64_t*>(static_cast<char*>(args_.workspace) + layout_.offsets);
+          p.columns = grads() + n * layout_.sample_grads;
+          p.column_point = Panel<S>{strip.count(), vectors * lanes<S>}.point();
+          p.num_rows = min_of(together, rows_ - row);
+          p.places = p.run = strip.count();
+          p.vectors = vectors;
+          p.add = s > 0;
+          p.products = reinterpret_cast<S*>(scratch_ + layout_.products) +
+                       (layout_.one_strip() ? 0 : q * blocks() * kPoints * kBlock<S>);
+          multiply(p);
+          if (last) add_squares(p, sums() + (q * blocks() * kMR + row) * kTaps * kNR<S>);
+        }
+    }
+  }
+
+  void transform_inputs_of(std::int64_t n, std::int64_t frame, std::int64_t down, const OutputTiles& strip,
+                           std::int64_t slot) {
+    const std::int64_t* const strides = args_.input_strides;
+    const Panel<S> panel{strip.count(), lanes<S>};
+    for (std::int64_t c = 0; c < rows_; c += lanes<S>)
+      transform_picture<S>(picture(args_.input, n, first_channel_ + c, frame, args_.input_size, strides,
+                                   min_of(lanes<S>, rows_ - c), args_.padding[1] - 2 * down, args_.padding[2]),
+                           strip, panel.point(), lanes<S>,
+                           inputs() + slot * layout_.sample_inputs + c / lanes<S> * panel.size());
+  }
+
+  void transform_grads_of(std::int64_t n, std::int64_t frame, std::int64_t down, const OutputTiles& strip,
+                          std::int64_t q, std::int64_t slot) {
+    const std::int64_t* const strides = args_.output_grad_strides;
+    const std::int64_t end = min_of(columns_, (q + 1) * kNR<S>);
+    const Panel<S> panel{strip.count(), panel_vectors<S>(columns_, q * kNR<S>) * lanes<S>};
+    for (std::int64_t c = q * kNR<S>; c < end; c += lanes<S>)
+      transform_grads<S>(picture(args_.output_grad, n, first_column_ + c, frame, args_.output_size, strides,
+                                 min_of(lanes<S>, end - c), -2 * down, 0),
+                         strip, panel.point(), panel.width, grads() + slot * layout_.sample_grads + c % kNR<S>);
+  }
+
+  // `count` channels of one sample's frame, from its first place that belongs at [row0, column0] on.
+  Picture<S> picture(const void* tensor, std::int64_t n, std::int64_t channel, std::int64_t frame,
+                     const std::int64_t* size, const std::int64_t* strides, std::int64_t count, std::int64_t row0,
+                     std::int64_t column0) const {
+    const Picture<S> picture{reinterpret_cast<S*>(scratch_), layout_.rows, layout_.across};
+    picture.fill(static_cast<const Stored*>(tensor) + n * strides[0] + channel * strides[1] + frame * strides[2],
+                 strides[1], size + 1, strides + 3, count, row0, column0,
+                 reinterpret_cast<S*>(scratch_ + layout_.packed));
+    return picture;
+  }
+
+  // sums: [row, tap, column]
+  void add_squares(const PointProducts<S>& p, S* sums) const {
+    for (std::int64_t row = 0; row < p.num_rows; ++row)
+      for (int v = 0; v < p.vectors; ++v)
+        add_squares_of_kernel(p.products + row * kNR<S> + v * lanes<S>, p.blocks() * kBlock<S>,
+                              sums + row * kTaps * kNR<S> + v * lanes<S>, kNR<S>);
+  }
+
+  const ConvArgs& args_;
+  const TilesLayout<S>& layout_;
+  const std::int64_t channels_;  // of the group
+  const std::int64_t rows_, columns_, first_channel_, first_column_;
+  S* const total_;
+  char* const scratch_;
+};
+
 template <class Stored>
 void contract_tiles(const ConvArgs& args) {
   using S = Compute<Stored>;
   const TilesLayout<S> layout(args);
-  const OutputTiles& tiles = layout.tiles;
-  char* const workspace = static_cast<char*>(args.workspace);
-  std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(workspace + layout.offsets);
-  for (std::int64_t t = 0; t < layout.strip * tiles.across; ++t) offsets[t] = t * lanes<S>;
-
   const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
-  const std::int64_t grad_panels = ceil_div(columns, kNR<S>), row_blocks = ceil_div(channels, kMR);
-  const int threads = worthwhile(args.threads, args.samples * kPoints * tiles.count() * channels * args.out_channels);
-  const std::int64_t column_panels = args.groups * grad_panels;
-  const std::int64_t row_groups =
-      max_of(ceil_div(row_blocks, kRowBlocks), min_of(row_blocks, ceil_div(threads, column_panels)));
-  const std::int64_t strips = tiles.frames * layout.strips;  // of a sample
-  const std::int64_t *const xs = args.input_strides, *const ds = args.output_grad_strides;
+  const std::int64_t tiles = layout.tiles.count();
+  std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(static_cast<char*>(args.workspace) + layout.offsets);
+  for (std::int64_t t = 0; t < layout.strip * layout.tiles.across; ++t) offsets[t] = t * lanes<S>;
 
-  parallel_for(threads, column_panels * row_groups, [&](std::int64_t job, int worker) {
-    const std::int64_t part = job % row_groups, q = job / row_groups % grad_panels, g = job / row_groups / grad_panels;
-    const std::int64_t block0 = row_blocks * part / row_groups, blocks = row_blocks * (part + 1) / row_groups - block0;
-    const std::int64_t row0 = block0 * kMR, rows = min_of(blocks * kMR, channels - row0);
-    const std::int64_t column0 = q * kNR<S>, some = min_of(kNR<S>, columns - column0);
-    const int vectors = panel_vectors<S>(columns, column0);
-    const auto height_of = [&](std::int64_t block) { return static_cast<int>(min_of(kMR, rows - block * kMR)); };
-    char* const scratch = workspace + layout.threads + layout.thread * worker;
-    const Picture<S> picture{reinterpret_cast<S*>(scratch), layout.rows, layout.across};
-    S* const packed = reinterpret_cast<S*>(scratch + layout.packed);
-    S* const inputs = reinterpret_cast<S*>(scratch + layout.inputs);
-    S* const grads = reinterpret_cast<S*>(scratch + layout.grads);
-    S* const products = reinterpret_cast<S*>(scratch + layout.products);  // [point, block, row, column]
-    S* const sums = reinterpret_cast<S*>(scratch + layout.sums);          // [block, row, tap, column]
-    for (std::int64_t i = 0; i < blocks * kTaps * kBlock<S>; ++i) sums[i] = 0;
-
-    for (std::int64_t n0 = 0; n0 < args.samples; n0 += layout.samples)
-      for (std::int64_t s = 0; s < strips; ++s) {
-        const std::int64_t frame = s / layout.strips, down = s % layout.strips * layout.strip;
-        const std::int64_t samples = min_of(layout.samples, args.samples - n0);
-        const OutputTiles strip{1, min_of(layout.strip, tiles.down - down), tiles.across};
-        const Panel<S> input_panel{strip.count(), lanes<S>}, grad_panel{strip.count(), vectors * lanes<S>};
-        std::int64_t row_offsets[kRowBlocks * kMR];
-        for (std::int64_t i = 0; i < blocks * kMR; ++i) {
-          const std::int64_t c = min_of(i, rows - 1);
-          row_offsets[i] = c / lanes<S> * input_panel.size() + c % lanes<S>;
-        }
-        for (std::int64_t n = 0; n < samples; ++n) {
-          const Stored* const x =
-              static_cast<const Stored*>(args.input) + (n0 + n) * xs[0] + (g * channels + row0) * xs[1] + frame * xs[2];
-          for (std::int64_t c = 0; c < rows; c += lanes<S>) {
-            picture.fill(x + c * xs[1], xs[1], args.input_size + 1, xs + 3, min_of(lanes<S>, rows - c),
-                         args.padding[1] - 2 * down, args.padding[2], packed);
-            transform_picture<S>(picture, strip, input_panel.point(), lanes<S>,
-                                 inputs + n * layout.sample_inputs + c / lanes<S> * input_panel.size());
-          }
-          const Stored* const d = static_cast<const Stored*>(args.output_grad) + (n0 + n) * ds[0] +
-                                  (g * columns + column0) * ds[1] + frame * ds[2];
-          for (std::int64_t c = 0; c < some; c += lanes<S>) {
-            picture.fill(d + c * ds[1], ds[1], args.output_size + 1, ds + 3, min_of(lanes<S>, some - c), -2 * down, 0,
-                         packed);
-            transform_grads<S>(picture, strip, grad_panel.point(), grad_panel.width,
-                               grads + n * layout.sample_grads + c);
-          }
-        }
-
-        // With few tiles a block's products and sums stay in the first cache, with many a point's gradients.
-        const std::int64_t together = strips > 1 || 2 * strip.count() > kStripTiles ? blocks : 1;
-        for (std::int64_t first = 0; first < blocks; first += together)
-          for (std::int64_t n = 0; n < samples; ++n) {
-            Tile<S> tile;
-            tile.offsets = offsets;
-            tile.samples = 1;
-            tile.row_sample = 0;
-            tile.places = strip.count();
-            tile.width = grad_panel.width;
-            tile.sum = products;
-            tile.sum_step = kNR<S>;
-            tile.squares = false;
-            tile.first = s == 0;
-            tile.last = false;
-            tile.carry = products;
-            for (int f = 0; f < kPoints; ++f) {
-              tile.columns = grads + n * layout.sample_grads + f * grad_panel.point();
-              const S* const point = inputs + n * layout.sample_inputs + f * input_panel.point();
-              const std::int64_t* at = row_offsets + first * kMR;
-              for (std::int64_t block = first; block < first + together; ++block, tile.carry += kBlock<S>) {
-                for (int r = 0; r < kMR; ++r) tile.rows[r] = point + *at++;
-                run_tile(tile, height_of(block), vectors);
-              }
-            }
-            if (s + 1 < strips) continue;
-            for (std::int64_t block = first; block < first + together; ++block)
-              for (int r = 0; r < height_of(block); ++r)
-                for (int v = 0; v < vectors; ++v)
-                  add_squares_of_kernel(products + (block - first) * kBlock<S> + r * kNR<S> + v * lanes<S>,
-                                        together * kBlock<S>, sums + (block * kMR + r) * kTaps * kNR<S> + v * lanes<S>,
-                                        kNR<S>);
-          }
-      }
-    add_transposed(sums, kNR<S>, rows * kTaps, some,
-                   static_cast<S*>(args.total) + ((g * columns + column0) * channels + row0) * kTaps, channels * kTaps);
+  const int threads = worthwhile(args.threads, args.samples * kPoints * tiles * channels * args.out_channels);
+  const std::int64_t blocks = ceil_div(channels, kMR), panels = ceil_div(columns, kNR<S>);
+  const std::int64_t column_jobs = ceil_div(panels, layout.panels);
+  const std::int64_t row_jobs =
+      max_of(ceil_div(blocks, layout.blocks), min_of(blocks, ceil_div(threads, args.groups * column_jobs)));
+  parallel_for(threads, args.groups * column_jobs * row_jobs, [&](std::int64_t job, int worker) {
+    const std::int64_t part = job % row_jobs, q = job / row_jobs % column_jobs, group = job / row_jobs / column_jobs;
+    const std::int64_t row0 = blocks * part / row_jobs * kMR, row1 = blocks * (part + 1) / row_jobs * kMR;
+    const std::int64_t column0 = panels * q / column_jobs * kNR<S>, column1 = panels * (q + 1) / column_jobs * kNR<S>;
+    TilesJob<Stored>(args, layout, worker, group, row0, min_of(row1, channels) - row0, column0,
+                     min_of(column1, columns) - column0)
+        .run();
   });
 }
 

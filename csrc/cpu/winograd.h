@@ -113,5 +113,46 @@ void transform_picture(const Picture<S>& picture, const OutputTiles& tiles, std:
     }
 }
 
+// What is multiplied at all points: rows and columns, over places that are taken a run at a time.
+template <class S>
+struct PointProducts {
+  const S* rows;                    // the first at the first point
+  std::int64_t row_point, row_run;  // from one point, one run of places to the next
+  const std::int64_t *row_offsets, *place_offsets;
+  const S* columns;  // [points, places, vectors], points `column_point` apart
+  std::int64_t column_point;
+  std::int64_t num_rows, places, run;
+  int vectors;
+  bool add;     // to the products that are there
+  S* products;  // [points, blocks of kMR rows, kMR, kNR]
+
+  std::int64_t blocks() const { return ceil_div(num_rows, kMR); }
+};
+
+template <class S>
+void multiply(const PointProducts<S>& p) {
+  Tile<S> tile;
+  tile.offsets = p.place_offsets;
+  tile.samples = 1;
+  tile.row_sample = 0;
+  tile.width = p.vectors * lanes<S>;
+  tile.sum = p.products;  // only fetched ahead
+  tile.sum_step = kNR<S>;
+  tile.squares = false;
+  tile.last = false;  // products are left where a sample's next segment would find them
+  for (std::int64_t f = 0; f < kPoints; ++f)
+    for (std::int64_t first = 0, run = 0; first < p.places; first += p.run, ++run) {
+      tile.places = min_of(p.run, p.places - first);
+      tile.columns = p.columns + f * p.column_point + first * tile.width;
+      tile.first = first == 0 && !p.add;
+      tile.carry = p.products + f * p.blocks() * kBlock<S>;
+      const S* const rows = p.rows + f * p.row_point + run * p.row_run;
+      for (std::int64_t row = 0; row < p.num_rows; row += kMR, tile.carry += kBlock<S>) {
+        for (int r = 0; r < kMR; ++r) tile.rows[r] = rows + p.row_offsets[row + r];
+        run_tile(tile, static_cast<int>(min_of(kMR, p.num_rows - row)), p.vectors);
+      }
+    }
+}
+
 }  // namespace
 }  // namespace limpet::cpu
