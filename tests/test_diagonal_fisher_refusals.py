@@ -234,6 +234,25 @@ def test_samples_that_interact_where_no_rule_covers_a_parameter() -> None:
     refused(Scaled(), [BATCH], RuntimeError, "the loss or the model mixes samples")
 
 
+@pytest.mark.parametrize("where", [1, 3])
+def test_samples_that_interact_in_a_later_batch_leave_the_sums(where: int) -> None:
+    model = mlp(4, 8, CLASSES)
+    accumulator = limpet.FisherAccumulator(model)
+    for _ in range(3):
+        accumulator.add(BATCH)
+    before = accumulator.fisher()
+    handle = model[where].register_forward_hook(lambda module, args, y: y - y.mean(dim=0))
+    with pytest.raises(RuntimeError, match="mixes samples"):
+        accumulator.add(BATCH)
+    handle.remove()
+    after = accumulator.fisher()
+    assert after.num_samples == before.num_samples
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    accumulator.add(BATCH)
+    for name, value in limpet.diagonal_fisher(model, [BATCH] * 4).items():
+        torch.testing.assert_close(accumulator.fisher()[name], value)
+
+
 def test_checkpointing() -> None:
     """What backward runs again, it runs by torch's own functions, which save other tensors."""
 

@@ -66,21 +66,28 @@ class Computation:
         self.sums.end_batch()
 
     def _add(self, batch: Batch, looks: Sequence[Look], sums: Mapping[str, Tensor], scale: float) -> None:
-        losses = None
         if len(self.slow) < len(self._params):
-            losses = self._add_fused(batch, looks, sums, scale)
+            self._add_fused(batch, looks, sums, scale)
+        else:
+            self._add_slow(batch, None, sums, scale)
+
+    def _add_slow(
+        self,
+        batch: Batch,
+        losses: Tensor | None,  # [N, K]
+        sums: Mapping[str, Tensor],
+        scale: float,
+    ) -> None:
         self._refuse_hooks(self.slow.keys())
         if self.slow:
             add_squares(self._model, batch, self._objective, self.slow, sums, losses, scale)
 
-    def _add_fused(
-        self, batch: Batch, looks: Sequence[Look], sums: Mapping[str, Tensor], scale: float
-    ) -> Tensor:  # [N, K]
+    def _add_fused(self, batch: Batch, looks: Sequence[Look], sums: Mapping[str, Tensor], scale: float) -> None:
         probe = self._probe(batch) if batch.size > 1 and not self._layouts else None
         recorder, losses = self._forward(batch, (self.sums, *looks) if self._plans else (self.sums,))
         if probe is None and (uses := self._planned(recorder, losses, batch.size, sums)) is not None:
             self._differentiate(losses, recorder, uses, scale)
-            return losses.detach()
+            return
         if recorder.taker.outputs:  # an earlier batch's calls were taken for this one's
             self._plans.begin_anew()
             recorder, losses = self._forward(batch)
@@ -109,15 +116,16 @@ class Computation:
             before.run_plain()
             self._heed(before, recorder, behind)
         self._plan(recorder, uses, kinds, behind)
+        self._add_slow(batch, losses.detach(), sums, scale)  # first, as it may find that samples interact
         if len(self.slow) == len(self._params):
-            return losses.detach()
+            return
         self._differentiate(losses, recorder, uses, scale)
         if check is not None and self._heed(check, recorder, behind):
             for total in sums.values():
                 total.zero_()
-            return self._add_fused(batch, (), sums, scale)
-        self._keep_plan(recorder, losses, uses, batch.size)
-        return losses.detach()
+            self._add_fused(batch, (), sums, scale)
+        else:
+            self._keep_plan(recorder, losses, uses, batch.size)
 
     def _differentiate(self, losses: Tensor, recorder: Recorder, uses: Uses, scale: float) -> None:  # losses [N, K]
         prepare(call for _, call, _ in recorder.calls)

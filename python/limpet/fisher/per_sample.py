@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from limpet.fisher.batches import Batch, Objective, losses_of
 from limpet.fisher.precision import gradients, working_dtype
+from limpet.reference import wide
 
 
 def add_squares(
@@ -20,7 +21,11 @@ def add_squares(
     expected: Tensor | None,  # [N, K]: the losses seen in the batch
     scale: float,  # the losses are multiplied by it
 ) -> None:
-    """Add the squared gradient of each sample's loss to ``sums``; that loss must be as ``expected``."""
+    """Add the squared gradient of each sample's loss to ``sums``; that loss must be as ``expected``.
+
+    Nothing is added where a sample's is not.
+    """
+    squares = {name: torch.zeros_like(p, dtype=wide(p.dtype), requires_grad=False) for name, p in params.items()}
     for n in range(batch.size):
         value = losses_of(model, batch.take(slice(n, n + 1)), objective)
         if expected is not None:
@@ -34,9 +39,10 @@ def add_squares(
             )
             for name, grad in zip(params, grads, strict=True):
                 if grad is not None:
-                    total = sums[name]
-                    grad = (grad.to_dense() if grad.layout != torch.strided else grad).to(total.dtype)
-                    total.addcmul_(grad, grad)
+                    grad = (grad.to_dense() if grad.layout != torch.strided else grad).to(squares[name].dtype)
+                    squares[name].addcmul_(grad, grad)
+    for name, square in squares.items():
+        sums[name].add_(square)
 
 
 def same_loss(alone: Tensor, together: Tensor, batch: Batch, samples: Tensor) -> None:  # [n, K] twice, [n]
