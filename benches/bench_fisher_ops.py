@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from limpet import ops, reference
+from limpet.ops.conv_input_grad import conv_input_grad
 from op_cases import LINEAR_TIMED
 
 
@@ -45,6 +46,19 @@ def test_conv(case, compare):
         "plain product of ready patches": lambda: torch.mm(flat, patches, out=product),
     }
     compare(f"contraction, 3x3 convolution {case}", "torch's convolution weight gradient", "at most 1.15", calls)
+
+
+@pytest.mark.parametrize("case", [case for case in CONV if case[3] > 4 and case[4] == 1], ids=str)
+def test_conv_input_grad(case, compare):
+    samples, channels, out_channels, size, _ = case
+    x, weight = torch.randn(samples, channels, size, size), torch.randn(out_channels, channels, 3, 3)
+    d = torch.randn(samples, out_channels, size, size)
+    rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
+    calls = {
+        "ours": lambda: conv_input_grad(d, weight, (1, 1)),
+        "baseline": lambda: torch.ops.aten.convolution_backward(d, x, weight, *rest),
+    }
+    compare(f"input gradient, 3x3 convolution {case}", "torch's convolution input gradient", "below 1", calls)
 
 
 # (samples, channels, channels of a group, size, stride): depthwise 3x3 convolutions of MobileNets; ResNeXt's groups.

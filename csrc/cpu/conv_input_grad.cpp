@@ -8,19 +8,18 @@
 namespace limpet::cpu::LIMPET_LEVEL {
 namespace {
 
-constexpr std::int64_t kTaps = 9;
-constexpr std::int64_t kStripTiles = 64;  // of a job: one strip of a picture, or some small pictures
-constexpr std::int64_t kSegmentChannels =
-    64;  // output channels at a time, so that a point's operands stay in the cache
+// Output channels at a time, so that a point's operands stay in the first cache.
+constexpr std::int64_t kSegmentChannels = 64;
 
-// Workspace: transformed kernels, [panel, point, output channel, width] | per thread: a
-// strip of the output's gradient with zeros around it, packed without, its transformed values, products, a strip of the
-// input's gradient, where rows lie.
+// Workspace: transformed kernels, [panel, point, output channel, width] | per thread: a strip of the output's gradient
+// with zeros around it, packed without, its transformed values, products, a strip of the input's gradient, where rows
+// lie.
 template <class S>
 struct Layout {
-  OutputTiles tiles;                            // of the input's gradient
-  std::int64_t size[2];                         // of its pictures
-  std::int64_t strip, strips, samples, jobs;    // rows of tiles, strips of a picture, samples at a time
+  OutputTiles tiles;                          // of the input's gradient
+  std::int64_t size[2];                       // of its pictures
+  std::int64_t strip, strips, samples, jobs;  // rows of tiles, strips of a picture, samples at a time
+  int workers;
   std::int64_t rows, across;                    // of a strip of the output's gradient with zeros around it
   std::int64_t panels, channel_panels, blocks;  // of input channels, of output channels; register tiles of a job
   std::int64_t sample_values;                   // transformed, of a strip
@@ -37,6 +36,7 @@ struct Layout {
     const std::int64_t count = strip * tiles.across;
     samples = strips > 1 ? 1 : max_of(1, min_of(args.samples, kStripTiles / count));
     jobs = ceil_div(args.samples, samples) * strips;
+    workers = static_cast<int>(max_of(1, min_of(args.threads, jobs)));
     rows = 2 * strip + 2;
     across = 2 * tiles.across + 2;
     panels = ceil_div(args.in_channels, kNR<S>);
@@ -51,7 +51,7 @@ struct Layout {
     out = products + bytes(kPoints * blocks * kBlock<S>);
     row_offsets = out + bytes(2 * strip * size[1] * lanes<S>);
     thread = row_offsets + ceil_div(blocks * kMR * 8, 64) * 64;
-    end = threads + thread * max_of(1, args.threads);
+    end = threads + thread * workers;
   }
 };
 
@@ -123,7 +123,8 @@ void input_grad(const ConvInputGradArgs& args) {
   S* const kernels = reinterpret_cast<S*>(workspace);
   const std::int64_t channels = args.in_channels, out_channels = args.out_channels;
   const std::int64_t places = layout.size[0] * layout.size[1];
-  const int threads = worthwhile(args.threads, args.samples * kPoints * layout.tiles.count() * channels * out_channels);
+  const int threads =
+      worthwhile(layout.workers, args.samples * kPoints * layout.tiles.count() * channels * out_channels);
 
   const std::int64_t vectors = ceil_div(channels, lanes<S>);
   parallel_for(threads, vectors, [&](std::int64_t v, int) {

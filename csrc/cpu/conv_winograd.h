@@ -9,8 +9,6 @@
 namespace limpet::cpu {
 namespace {
 
-constexpr std::int64_t kTaps = 9;
-
 // Whether tiles take less work: a sample costs 16 products a tile, and as much as some 80 to put them together and add
 // their squares, against 9 products a place (measured: 16 places are as fast without). Panels that would be mostly
 // empty gain nothing.
@@ -29,7 +27,6 @@ bool tiles_are_faster(const ConvArgs& args) {
 // What a job computes is some panels of output channels for some blocks of input channels. It transforms what it needs
 // by itself, strip by strip of a picture, or some small pictures at a time: values that went through memory to other
 // cores cost more than transforming them again (a half of all time with 64 channels on two threads).
-constexpr std::int64_t kStripTiles = 64;
 constexpr std::int64_t kRowBlocks = 16;
 template <class S>
 constexpr std::int64_t kJobPanels = 64 / kNR<S>;
@@ -39,10 +36,12 @@ constexpr std::int64_t kJobPanels = 64 / kNR<S>;
 template <class S>
 struct TilesLayout {
   OutputTiles tiles;
-  std::int64_t samples;                                        // at a time
-  std::int64_t strip, strips;                                  // rows of tiles of a strip, strips of a picture
-  std::int64_t rows, across;                                   // of a strip with zeros around it
-  std::int64_t blocks, panels;                                 // of a job, at most
+  std::int64_t samples;                // at a time
+  std::int64_t strip, strips;          // rows of tiles of a strip, strips of a picture
+  std::int64_t rows, across;           // of a strip with zeros around it
+  std::int64_t blocks, panels;         // of a job, at most
+  std::int64_t row_jobs, column_jobs;  // of a group
+  int workers;
   std::int64_t sample_inputs, sample_grads;                    // elements of a strip
   std::int64_t offsets, threads, end;                          // in bytes
   std::int64_t packed, inputs, grads, products, sums, thread;  // in bytes; within a thread's part
@@ -58,6 +57,11 @@ struct TilesLayout {
     across = 2 * tiles.across + 2;
     blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));
     panels = min_of(kJobPanels<S>, ceil_div(args.out_channels / args.groups, kNR<S>));
+    const std::int64_t row_blocks = ceil_div(args.in_channels / args.groups, kMR);
+    column_jobs = ceil_div(ceil_div(args.out_channels / args.groups, kNR<S>), panels);
+    row_jobs =
+        max_of(ceil_div(row_blocks, blocks), min_of(row_blocks, ceil_div(args.threads, args.groups * column_jobs)));
+    workers = static_cast<int>(max_of(1, min_of(args.threads, args.groups * column_jobs * row_jobs)));
     sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{count, lanes<S>}.size();
     sample_grads = Panel<S>{count, kNR<S>}.size();
     offsets = 0;
@@ -68,7 +72,7 @@ struct TilesLayout {
     products = grads + bytes(samples * sample_grads, size);
     sums = products + bytes((one_strip() ? 1 : panels) * blocks * kPoints * kBlock<S>, size);
     thread = sums + bytes(panels * blocks * kTaps * kBlock<S>, size);
-    end = threads + thread * max_of(1, args.threads);
+    end = threads + thread * workers;
   }
 
   bool one_strip() const { return tiles.frames * strips == 1; }
@@ -285,11 +289,9 @@ void contract_tiles(const ConvArgs& args) {
   std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(static_cast<char*>(args.workspace) + layout.offsets);
   for (std::int64_t t = 0; t < layout.strip * layout.tiles.across; ++t) offsets[t] = t * lanes<S>;
 
-  const int threads = worthwhile(args.threads, args.samples * kPoints * tiles * channels * args.out_channels);
+  const int threads = worthwhile(layout.workers, args.samples * kPoints * tiles * channels * args.out_channels);
+  const std::int64_t row_jobs = layout.row_jobs, column_jobs = layout.column_jobs;
   const std::int64_t blocks = ceil_div(channels, kMR), panels = ceil_div(columns, kNR<S>);
-  const std::int64_t column_jobs = ceil_div(panels, layout.panels);
-  const std::int64_t row_jobs =
-      max_of(ceil_div(blocks, layout.blocks), min_of(blocks, ceil_div(threads, args.groups * column_jobs)));
   parallel_for(threads, args.groups * column_jobs * row_jobs, [&](std::int64_t job, int worker) {
     const std::int64_t part = job % row_jobs, q = job / row_jobs % column_jobs, group = job / row_jobs / column_jobs;
     const std::int64_t row0 = blocks * part / row_jobs * kMR, row1 = blocks * (part + 1) / row_jobs * kMR;

@@ -16,7 +16,9 @@
 namespace limpet::cpu {
 namespace {
 
-constexpr int kPoints = 16;  // products of a tile
+constexpr std::int64_t kTaps = 9;         // elements of a kernel
+constexpr std::int64_t kPoints = 16;      // products of a tile
+constexpr std::int64_t kStripTiles = 64;  // a strip of a picture has as many, or a row of them
 template <class S>
 constexpr std::int64_t kBlock = kMR * kNR<S>;  // elements of a register tile
 
