@@ -13,7 +13,7 @@ from torch import Tensor
 from limpet import _core, _launch
 
 _CHANNELS = 16  # of a vector's lanes: with fewer, most of them would be empty
-_PLACES = 16  # of a picture: with as few, tiles are mostly padding, and torch's convolution leaves that out
+_PLACES = 16  # of a picture: with no more, much of the tiles is padding, and torch's convolution leaves that out
 
 
 def is_faster(
@@ -27,7 +27,7 @@ def is_faster(
 ) -> bool:
     """Whether :func:`conv_input_grad` takes this convolution, and is expected to be faster than torch.
 
-    Both are convolved directly by torch where a picture lies in memory with its channels last.
+    Pictures with their channels last stay torch's: their gradient is to lie in memory as they do.
     """
     return (
         groups == 1
@@ -35,7 +35,7 @@ def is_faster(
         and (*stride, *dilation) == (1, 1, 1, 1)
         and max(padding) <= 2
         and min(weight.shape[:2]) >= _CHANNELS
-        and input[0, 0].numel() > _PLACES
+        and input.shape[2:].numel() > _PLACES
         and output_grad.dtype == weight.dtype
         and output_grad.dtype in (torch.float32, torch.float64)
         and all(type(t) is Tensor and t.device.type == "cpu" for t in (output_grad, input))
