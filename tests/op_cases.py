@@ -83,9 +83,9 @@ CONV = [
     Conv(2, 16, 18, (3, 4, 8), (2, 3, 3), {"padding": (0, 1, 1)}),
     # Tiles of 2 x 2 places: several strips and jobs, samples together, groups and frames, wide pictures.
     Conv(2, 130, 70, (19, 40), (3, 3), {"padding": 1}),
-    Conv(9, 33, 18, (6, 7), (3, 3), {"padding": (2, 0)}),
-    Conv(2, 40, 34, (2, 9, 8), (1, 3, 3), {"padding": (0, 1, 0), "groups": 2}),
-    Conv(1, 16, 17, (4, 140), (3, 3), {"padding": 1}),
+    Conv(9, 48, 34, (9, 12), (3, 3), {"padding": (2, 0)}),
+    Conv(2, 72, 70, (2, 9, 8), (1, 3, 3), {"padding": (0, 1, 0), "groups": 2}),
+    Conv(1, 34, 33, (4, 140), (3, 3), {"padding": 1}),
 ]
 
 # (N, ..., C) and (N, C, ...): channels last and first.

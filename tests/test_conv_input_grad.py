@@ -1,13 +1,19 @@
 """The gradient at the input of convolutions with kernels of 3 x 3, against torch in float64."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional as F
 
+import limpet
+from limpet.fisher.rules import conv as rule
 from limpet.fisher.rules.conv import Conv
 from limpet.ops.conv_input_grad import conv_input_grad, is_faster
+from test_diagonal_fisher import assert_fisher
 from tolerances import assert_close
 
 
@@ -49,7 +55,7 @@ def test_its_error_is_that_of_a_direct_convolution():
 
 
 def test_kernels_in_any_order_of_memory():
-    w, d = torch.randn(3, 3, 20, 24).permute(2, 3, 0, 1), torch.randn(2, 20, 9, 9)
+    w, d = torch.randn(3, 3, 20, 24).permute(2, 3, 0, 1), torch.randn(30, 20, 9, 9)
     assert_close(conv_input_grad(d, w, (1, 1)), wanted(d, w, (1, 1), (9, 9)))
 
 
@@ -69,21 +75,22 @@ def test_batches_do_not_change_a_bit():
 
 
 LEFT_TO_TORCH = {
-    "few channels": (lambda: torch.randn(2, 8, 8, 8), (16, 8, 3, 3), {}),
-    "few places": (lambda: torch.randn(2, 16, 4, 4), (16, 16, 3, 3), {"padding": 1}),
-    "steps": (lambda: torch.randn(2, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}),
-    "dilation": (lambda: torch.randn(2, 16, 9, 9), (16, 16, 3, 3), {"dilation": 2}),
-    "groups": (lambda: torch.randn(2, 32, 9, 9), (32, 16, 3, 3), {"groups": 2}),
-    "padding": (lambda: torch.randn(2, 16, 9, 9), (16, 16, 3, 3), {"padding": 3}),
-    "kernel": (lambda: torch.randn(2, 16, 9, 9), (16, 16, 3, 2), {}),
-    "channels last": (lambda: torch.randn(2, 9, 9, 16).permute(0, 3, 1, 2), (16, 16, 3, 3), {}),
-    "bfloat16": (lambda: torch.randn(2, 16, 9, 9, dtype=torch.bfloat16), (16, 16, 3, 3), {}),
+    "few channels": (lambda: torch.randn(30, 8, 8, 8), (16, 8, 3, 3), {}),
+    "few places": (lambda: torch.randn(200, 16, 4, 4), (16, 16, 3, 3), {"padding": 1}),
+    "few tiles": (lambda: torch.randn(2, 16, 9, 9), (16, 16, 3, 3), {"padding": 1}),
+    "steps": (lambda: torch.randn(30, 16, 9, 9), (16, 16, 3, 3), {"stride": 2}),
+    "dilation": (lambda: torch.randn(30, 16, 9, 9), (16, 16, 3, 3), {"dilation": 2}),
+    "groups": (lambda: torch.randn(30, 32, 9, 9), (32, 16, 3, 3), {"groups": 2}),
+    "padding": (lambda: torch.randn(30, 16, 9, 9), (16, 16, 3, 3), {"padding": 3}),
+    "kernel": (lambda: torch.randn(30, 16, 9, 9), (16, 16, 3, 2), {}),
+    "channels last": (lambda: torch.randn(30, 9, 9, 16).permute(0, 3, 1, 2), (16, 16, 3, 3), {}),
+    "bfloat16": (lambda: torch.randn(30, 16, 9, 9, dtype=torch.bfloat16), (16, 16, 3, 3), {}),
 }
 
 
 @pytest.mark.parametrize("name", [*LEFT_TO_TORCH, "taken"])
 def test_the_rule_for_convolutions_gives_the_gradient_of_either_way(name):
-    make, shape, geometry = LEFT_TO_TORCH.get(name, (lambda: torch.randn(2, 16, 9, 9), (16, 16, 3, 3), {"padding": 1}))
+    make, shape, geometry = LEFT_TO_TORCH.get(name, (lambda: torch.randn(30, 16, 9, 9), (16, 16, 3, 3), {"padding": 1}))
     x = make().requires_grad_()
     w = torch.randn(shape).to(x.dtype)
     y = F.conv2d(x, w, **geometry)
@@ -94,3 +101,30 @@ def test_the_rule_for_convolutions_gives_the_gradient_of_either_way(name):
     assert is_faster(d, x, w, *pairs.values(), groups) == (name == "taken")
     call = Conv((None, None), w, None, *pairs.values(), [0, 0], groups, transposed=False)
     assert_close(call.input_grad(d, (x.detach(),)), want)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str)
+@pytest.mark.parametrize("labels", ["data", "expected"])
+def test_the_fisher_information_of_a_network_that_takes_tiles(dtype, bound, labels, monkeypatch):
+    layers = [nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 40, 3, padding=1), nn.ReLU()]
+    layers += [nn.Conv2d(40, 33, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(33, 4)]
+    model = nn.Sequential(*layers).to(dtype)
+    batch = torch.randn(20, 3, 12, 12, dtype=dtype), torch.randint(4, (20,))
+    taken = []
+    monkeypatch.setattr(rule, "conv_input_grad", lambda *args: taken.append(args) or conv_input_grad(*args))
+    got = limpet.diagonal_fisher(model, [batch] * 3, labels=labels)
+    assert taken
+    assert_fisher(got, by_definition(copy.deepcopy(model).double(), batch[0].double(), batch[1], labels), bound)
+
+
+def by_definition(model, x, y, labels):
+    """Each sample alone: the squared gradients of its label's loss, or of all labels', weighted with their probability."""
+    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(len(x)):
+        logits = model(x[n : n + 1])
+        p = logits.detach().softmax(dim=1)[0] if labels == "expected" else F.one_hot(y[n], logits.shape[1])
+        for label in p.nonzero():
+            grads = torch.autograd.grad(F.cross_entropy(logits, label), list(model.parameters()), retain_graph=True)
+            for total, grad in zip(sums.values(), grads, strict=True):
+                total += p[label] * grad.square() / len(x)
+    return sums

@@ -114,14 +114,14 @@ def test_conv_on_any_geometry(data):
 @given(data=st.data())
 @settings(max_examples=40)
 def test_conv_by_tiles(data):
-    """Kernels of 3 x 3 with a step of one, as many channels as a vector has lanes or more; outputs may end early."""
+    """Kernels of 3 x 3 with a step of one, channels for two vectors or more; outputs may end early."""
     draw = data.draw
     groups, samples = draw(st.integers(1, 2)), draw(st.integers(1, 5))
     padding = draw(st.tuples(*[st.integers(0, 3)] * 2))
-    x = torch.randn(samples, groups * draw(st.integers(16, 40)), *draw(st.tuples(*[st.integers(3, 21)] * 2)))
+    x = torch.randn(samples, groups * draw(st.integers(32, 50)), *draw(st.tuples(*[st.integers(3, 21)] * 2)))
     ends = [draw(st.integers(0, 1)) for _ in range(2)]  # places that the gradient lacks at the end
     size = (max(0, x.shape[2 + i] + 2 * padding[i] - 2 - ends[i]) for i in range(2))
-    d = torch.randn(samples, groups * draw(st.integers(16, 70)), *size)
+    d = torch.randn(samples, groups * draw(st.integers(32, 70)), *size)
     if draw(st.booleans()):
         d, x = (t.contiguous(memory_format=torch.channels_last) for t in (d, x))
     elif draw(st.booleans()):
@@ -133,8 +133,8 @@ def test_conv_by_tiles(data):
 
 
 def test_conv_by_tiles_sums_as_single_samples_do():
-    d, x = torch.randn(7, 20, 8, 8), torch.randn(7, 40, 8, 8)
-    one_by_one = torch.zeros(20, 40, 3, 3)
+    d, x = torch.randn(7, 40, 8, 8), torch.randn(7, 40, 8, 8)
+    one_by_one = torch.zeros(40, 40, 3, 3)
     for n in range(7):
         ops.sum_grad_squared_conv(d[n : n + 1], x[n : n + 1], 3, 1, 1, into=one_by_one)
     assert_close(ops.sum_grad_squared_conv(d, x, 3, 1, 1), one_by_one)

@@ -9,9 +9,9 @@
 namespace limpet::cpu {
 namespace {
 
-// Whether tiles take less work: a sample costs 16 products a tile, and as much as some 80 to put them together and add
-// their squares, against 9 products a place (measured: 16 places are as fast without). Panels that would be mostly
-// empty gain nothing.
+// Whether tiles take less work: a sample costs 16 products a tile, and as much as some 200 to put them together and add
+// their squares, against 9 products a place (measured: 8 x 8 places gain, 7 x 7 and 6 x 6 are as fast either way). What
+// is transformed must be met by enough channels of the other side: at 32 of each with vectors of 16, tiles gain.
 template <class S>
 bool tiles_are_faster(const ConvArgs& args) {
   const auto is = [](const std::int64_t* v, std::int64_t a, std::int64_t b, std::int64_t c) {
@@ -19,9 +19,10 @@ bool tiles_are_faster(const ConvArgs& args) {
   };
   if (!is(args.kernel, 1, 3, 3) || !is(args.stride, 1, 1, 1) || !is(args.dilation, 1, 1, 1) || args.padding[0] != 0)
     return false;
-  if (args.in_channels / args.groups < lanes<S> || args.out_channels / args.groups < lanes<S>) return false;
+  const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
+  if (channels * columns < lanes<S> * (channels + columns)) return false;
   const std::int64_t places = args.output_size[0] * args.output_size[1] * args.output_size[2];
-  return kPoints * output_tiles(args.output_size).count() + 80 < kTaps * places;
+  return kPoints * output_tiles(args.output_size).count() + 200 < kTaps * places;
 }
 
 // What a job computes is some panels of output channels for some blocks of input channels. It transforms what it needs

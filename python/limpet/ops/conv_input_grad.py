@@ -14,6 +14,7 @@ from limpet import _core, _launch
 
 _CHANNELS = 16  # of a vector's lanes: with fewer, most of them would be empty
 _PLACES = 16  # of a picture: with no more, much of the tiles is padding, and torch's convolution leaves that out
+_TILES = 512  # of all pictures: with fewer, transforming the kernels takes as long as tiles save
 
 
 def is_faster(
@@ -36,6 +37,7 @@ def is_faster(
         and max(padding) <= 2
         and min(weight.shape[:2]) >= _CHANNELS
         and input.shape[2:].numel() > _PLACES
+        and input.shape[0] * ((input.shape[2] + 1) // 2) * ((input.shape[3] + 1) // 2) >= _TILES
         and output_grad.dtype == weight.dtype
         and output_grad.dtype in (torch.float32, torch.float64)
         and all(type(t) is Tensor and t.device.type == "cpu" for t in (output_grad, input))
