@@ -118,7 +118,7 @@ def test_the_fisher_information_of_a_network_that_takes_tiles(dtype, bound, labe
 
 
 def by_definition(model, x, y, labels):
-    """Each sample alone: the squared gradients of its label's loss, or of all labels', weighted with their probability."""
+    """Each sample alone: the squared gradients of its label's loss, or of all labels' by their probability."""
     sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for n in range(len(x)):
         logits = model(x[n : n + 1])
