@@ -74,6 +74,30 @@ def test_batches_do_not_change_a_bit():
     assert all(torch.equal(conv_input_grad(d[n : n + 1], w, (1, 1)), together[n : n + 1]) for n in range(5))
 
 
+@pytest.mark.parametrize(
+    ("d", "w", "padding", "error", "words"),
+    [
+        (torch.zeros(1, 2, 3, 3, dtype=torch.bfloat16), torch.zeros(2, 1, 3, 3), (1, 1), TypeError, "output_grad must"),
+        (torch.zeros(1, 2, 3, 3), torch.zeros(2, 1, 3, 3).double(), (1, 1), TypeError, "weight must be float32"),
+        (torch.zeros(2, 3, 3), torch.zeros(2, 1, 3, 3), (1, 1), ValueError, "output_grad must have four dimensions"),
+        (torch.zeros(1, 2, 3, 3, device="meta"), torch.zeros(2, 1, 3, 3), (1, 1), ValueError, "on the CPU"),
+        (torch.zeros(1, 2, 3, 3), torch.zeros(3, 1, 3, 3), (1, 1), ValueError, r"weight must be \[2, C, 3, 3\]"),
+        (torch.zeros(1, 2, 3, 3), torch.zeros(2, 1, 3, 2), (1, 1), ValueError, r"weight must be \[2, C, 3, 3\]"),
+        (torch.zeros(1, 2, 3, 3), torch.zeros(2, 1, 3, 3), (1, 3), ValueError, "padding must be two integers"),
+    ],
+)
+def test_bad_input(d, w, padding, error, words):
+    with pytest.raises(error, match=words):
+        conv_input_grad(d, w, padding)
+
+
+def test_gradients_in_any_order_of_memory_and_of_nothing():
+    w, d = torch.randn(20, 24, 3, 3), torch.randn(2, 9, 9, 20).permute(0, 3, 1, 2)
+    assert_close(conv_input_grad(d, w, (1, 1)), wanted(d, w, (1, 1), (9, 9)))
+    assert torch.equal(conv_input_grad(d[:, :0], w[:0], (1, 1)), torch.zeros(2, 24, 9, 9))
+    assert conv_input_grad(torch.zeros(1, 20, 1, 5), w, (2, 1)).shape == (1, 24, 0, 5)
+
+
 LEFT_TO_TORCH = {
     "few channels": (lambda: torch.randn(30, 8, 8, 8), (16, 8, 3, 3), {}),
     "few places": (lambda: torch.randn(200, 16, 4, 4), (16, 16, 3, 3), {"padding": 1}),
