@@ -16,40 +16,33 @@ constexpr std::int64_t kSegmentChannels = 64;
 // lie.
 template <class S>
 struct Layout {
-  OutputTiles tiles;                          // of the input's gradient
-  std::int64_t size[2];                       // of its pictures
-  std::int64_t strip, strips, samples, jobs;  // rows of tiles, strips of a picture, samples at a time
+  std::int64_t size[2];  // of the input's pictures
+  Strips strips;         // of the input's gradient
+  std::int64_t jobs;
   int workers;
-  std::int64_t rows, across;                    // of a strip of the output's gradient with zeros around it
   std::int64_t panels, channel_panels, blocks;  // of input channels, of output channels; register tiles of a job
   std::int64_t sample_values;                   // transformed, of a strip
   Panel<S> kernels;
   std::int64_t threads, end;                                        // in bytes
   std::int64_t packed, values, products, out, row_offsets, thread;  // in bytes; within a thread's part
 
-  explicit Layout(const ConvInputGradArgs& args) {
+  explicit Layout(const ConvInputGradArgs& args)
+      : size{args.output_size[0] + 2 - 2 * args.padding[0], args.output_size[1] + 2 - 2 * args.padding[1]},
+        strips({1, (size[0] + 1) / 2, (size[1] + 1) / 2}, args.samples) {
     const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
-    for (int i = 0; i < 2; ++i) size[i] = args.output_size[i] + 2 - 2 * args.padding[i];
-    tiles = {1, (size[0] + 1) / 2, (size[1] + 1) / 2};
-    strip = max_of(1, min_of(tiles.down, kStripTiles / tiles.across));
-    strips = ceil_div(tiles.down, strip);
-    const std::int64_t count = strip * tiles.across;
-    samples = strips > 1 ? 1 : max_of(1, min_of(args.samples, kStripTiles / count));
-    jobs = ceil_div(args.samples, samples) * strips;
+    jobs = ceil_div(args.samples, strips.samples) * strips.count;
     workers = static_cast<int>(max_of(1, min_of(args.threads, jobs)));
-    rows = 2 * strip + 2;
-    across = 2 * tiles.across + 2;
     panels = ceil_div(args.in_channels, kNR<S>);
     channel_panels = ceil_div(args.out_channels, lanes<S>);
-    blocks = ceil_div(samples * count, kMR);
-    sample_values = channel_panels * Panel<S>{count, lanes<S>}.size();
+    blocks = ceil_div(strips.samples * strips.size(), kMR);
+    sample_values = channel_panels * Panel<S>{strips.size(), lanes<S>}.size();
     kernels = {args.out_channels, kNR<S>};
     threads = bytes(panels * kernels.size());
-    packed = bytes(rows * across * lanes<S>);
-    values = packed + bytes(rows * across * lanes<S>);
-    products = values + bytes(samples * sample_values);
+    packed = bytes(strips.rows * strips.across * lanes<S>);
+    values = packed + bytes(strips.rows * strips.across * lanes<S>);
+    products = values + bytes(strips.samples * sample_values);
     out = products + bytes(kPoints * blocks * kBlock<S>);
-    row_offsets = out + bytes(2 * strip * size[1] * lanes<S>);
+    row_offsets = out + bytes(2 * strips.height * size[1] * lanes<S>);
     thread = row_offsets + ceil_div(blocks * kMR * 8, 64) * 64;
     end = threads + thread * workers;
   }
@@ -99,6 +92,21 @@ LIMPET_FORMULA void outputs_of(const S* products, std::int64_t point, Vector<S> 
   for (int k = 0; k < 2; ++k) line(lines[k][0], lines[k][1], lines[k][2], lines[k][3], to[k][0], to[k][1]);
 }
 
+// A strip's outputs, [height, width, lanes], from its tiles' products; tiles may reach beyond.
+template <class S>
+void outputs_of_strip(const S* products, std::int64_t point, const OutputTiles& strip, std::int64_t height,
+                      std::int64_t width, S* to) {
+  for (std::int64_t i = 0; i < strip.down; ++i)
+    for (std::int64_t j = 0; j < strip.across; ++j, products += kNR<S>) {
+      Vector<S> y[2][2];
+      outputs_of<S>(products, point, y);
+      for (int k = 0; k < 2; ++k)
+        for (int l = 0; l < 2; ++l)
+          if (2 * i + k < height && 2 * j + l < width)
+            store<S>(y[k][l], to + ((2 * i + k) * width + 2 * j + l) * lanes<S>);
+    }
+}
+
 // [places, lanes] to `count` channels of neighbouring places, `step` apart.
 template <class S>
 void unpack(const S* from, std::int64_t places, std::int64_t count, std::int64_t step, S* to) {
@@ -124,7 +132,7 @@ void input_grad(const ConvInputGradArgs& args) {
   const std::int64_t channels = args.in_channels, out_channels = args.out_channels;
   const std::int64_t places = layout.size[0] * layout.size[1];
   const int threads =
-      worthwhile(layout.workers, args.samples * kPoints * layout.tiles.count() * channels * out_channels);
+      worthwhile(layout.workers, args.samples * kPoints * layout.strips.tiles.count() * channels * out_channels);
 
   const std::int64_t vectors = ceil_div(channels, lanes<S>);
   parallel_for(threads, vectors, [&](std::int64_t v, int) {
@@ -137,13 +145,14 @@ void input_grad(const ConvInputGradArgs& args) {
   });
 
   parallel_for(threads, layout.jobs, [&](std::int64_t job, int worker) {
-    const std::int64_t n0 = job / layout.strips * layout.samples, down = job % layout.strips * layout.strip;
-    const std::int64_t samples = min_of(layout.samples, args.samples - n0);
-    const OutputTiles strip{1, min_of(layout.strip, layout.tiles.down - down), layout.tiles.across};
+    const Strips& strips = layout.strips;
+    const std::int64_t n0 = job / strips.count * strips.samples, s = job % strips.count, down = strips.down(s);
+    const std::int64_t samples = min_of(strips.samples, args.samples - n0);
+    const OutputTiles strip = strips[s];
     const std::int64_t rows = samples * strip.count(), blocks = ceil_div(rows, kMR);
     const Panel<S> value_panel{strip.count(), lanes<S>};
     char* const scratch = workspace + layout.threads + layout.thread * worker;
-    const Picture<S> picture{reinterpret_cast<S*>(scratch), layout.rows, layout.across};
+    const Picture<S> picture{reinterpret_cast<S*>(scratch), strips.rows, strips.across};
     S* const packed = reinterpret_cast<S*>(scratch + layout.packed);
     S* const values = reinterpret_cast<S*>(scratch + layout.values);
     S* const products = reinterpret_cast<S*>(scratch + layout.products);
@@ -187,23 +196,14 @@ void input_grad(const ConvInputGradArgs& args) {
       p.products = products;
       multiply(p);
 
-      const std::int64_t height = min_of(2 * strip.down, layout.size[0] - 2 * down);
       for (int v = 0; v < width; ++v) {
         const std::int64_t c = q * kNR<S> + v * lanes<S>;
-        const S* from = products + v * lanes<S>;
+        S* const to = static_cast<S*>(args.input_grad) + (n0 * channels + c) * places + 2 * down * layout.size[1];
+        const std::int64_t height = min_of(2 * strip.down, layout.size[0] - 2 * down);
         for (std::int64_t n = 0; n < samples; ++n) {
-          for (std::int64_t i = 0; i < strip.down; ++i)
-            for (std::int64_t j = 0; j < strip.across; ++j) {
-              const std::int64_t t = (n * strip.down + i) * strip.across + j;
-              Vector<S> y[2][2];
-              outputs_of<S>(from + t * kNR<S>, blocks * kBlock<S>, y);
-              for (int k = 0; k < 2; ++k)
-                for (int l = 0; l < 2; ++l)
-                  if (2 * i + k < height && 2 * j + l < layout.size[1])
-                    store<S>(y[k][l], out + ((2 * i + k) * layout.size[1] + 2 * j + l) * lanes<S>);
-            }
-          unpack(out, height * layout.size[1], min_of(lanes<S>, channels - c), places,
-                 static_cast<S*>(args.input_grad) + ((n0 + n) * channels + c) * places + 2 * down * layout.size[1]);
+          outputs_of_strip<S>(products + n * strip.count() * kNR<S> + v * lanes<S>, blocks * kBlock<S>, strip, height,
+                              layout.size[1], out);
+          unpack(out, height * layout.size[1], min_of(lanes<S>, channels - c), places, to + n * channels * places);
         }
       }
     }

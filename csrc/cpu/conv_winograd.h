@@ -36,10 +36,7 @@ constexpr std::int64_t kJobPanels = 64 / kNR<S>;
 // gradients, products, sums of squares.
 template <class S>
 struct TilesLayout {
-  OutputTiles tiles;
-  std::int64_t samples;                // at a time
-  std::int64_t strip, strips;          // rows of tiles of a strip, strips of a picture
-  std::int64_t rows, across;           // of a strip with zeros around it
+  Strips strips;
   std::int64_t blocks, panels;         // of a job, at most
   std::int64_t row_jobs, column_jobs;  // of a group
   int workers;
@@ -47,15 +44,9 @@ struct TilesLayout {
   std::int64_t offsets, threads, end;                          // in bytes
   std::int64_t packed, inputs, grads, products, sums, thread;  // in bytes; within a thread's part
 
-  explicit TilesLayout(const ConvArgs& args) : tiles(output_tiles(args.output_size)) {
+  explicit TilesLayout(const ConvArgs& args) : strips(output_tiles(args.output_size), args.samples) {
     const auto bytes = [](std::int64_t n, std::int64_t size) { return ceil_div(n * size, 64) * 64; };
     const std::int64_t size = sizeof(S);
-    strip = max_of(1, min_of(tiles.down, kStripTiles / max_of(1, tiles.across)));
-    strips = ceil_div(tiles.down, strip);
-    const std::int64_t count = strip * tiles.across;
-    samples = one_strip() ? max_of(1, min_of(args.samples, kStripTiles / max_of(1, count))) : 1;
-    rows = 2 * strip + 2;
-    across = 2 * tiles.across + 2;
     blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));
     panels = min_of(kJobPanels<S>, ceil_div(args.out_channels / args.groups, kNR<S>));
     const std::int64_t row_blocks = ceil_div(args.in_channels / args.groups, kMR);
@@ -63,20 +54,18 @@ struct TilesLayout {
     row_jobs =
         max_of(ceil_div(row_blocks, blocks), min_of(row_blocks, ceil_div(args.threads, args.groups * column_jobs)));
     workers = static_cast<int>(max_of(1, min_of(args.threads, args.groups * column_jobs * row_jobs)));
-    sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{count, lanes<S>}.size();
-    sample_grads = Panel<S>{count, kNR<S>}.size();
+    sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{strips.size(), lanes<S>}.size();
+    sample_grads = Panel<S>{strips.size(), kNR<S>}.size();
     offsets = 0;
-    threads = bytes(count, 8);
-    packed = bytes(rows * across * lanes<S>, size);
-    inputs = packed + bytes(rows * across * lanes<S>, size);
-    grads = inputs + bytes(samples * sample_inputs, size);
-    products = grads + bytes(samples * sample_grads, size);
-    sums = products + bytes((one_strip() ? 1 : panels) * blocks * kPoints * kBlock<S>, size);
+    threads = bytes(strips.size(), 8);
+    packed = bytes(strips.rows * strips.across * lanes<S>, size);
+    inputs = packed + bytes(strips.rows * strips.across * lanes<S>, size);
+    grads = inputs + bytes(strips.samples * sample_inputs, size);
+    products = grads + bytes(strips.samples * sample_grads, size);
+    sums = products + bytes((strips.count == 1 ? 1 : panels) * blocks * kPoints * kBlock<S>, size);
     thread = sums + bytes(panels * blocks * kTaps * kBlock<S>, size);
     end = threads + thread * workers;
   }
-
-  bool one_strip() const { return tiles.frames * strips == 1; }
 };
 
 // The gradients' values at the points.
@@ -176,10 +165,10 @@ class TilesJob {
 
   void run() {
     for (std::int64_t i = 0; i < panels() * blocks() * kTaps * kBlock<S>; ++i) sums()[i] = 0;
-    const std::int64_t strips = layout_.tiles.frames * layout_.strips;
-    for (std::int64_t n = 0; n < args_.samples; n += layout_.samples)
-      for (std::int64_t s = 0; s < strips; ++s)
-        add_strip(n, min_of(layout_.samples, args_.samples - n), s, s + 1 == strips);
+    const Strips& strips = layout_.strips;
+    for (std::int64_t n = 0; n < args_.samples; n += strips.samples)
+      for (std::int64_t s = 0; s < strips.count; ++s)
+        add_strip(n, min_of(strips.samples, args_.samples - n), s, s + 1 == strips.count);
     for (std::int64_t q = 0; q < panels(); ++q)
       add_transposed(sums() + q * blocks() * kTaps * kBlock<S>, kNR<S>, rows_ * kTaps,
                      min_of(kNR<S>, columns_ - q * kNR<S>), total_ + q * kNR<S> * channels_ * kTaps, channels_ * kTaps);
@@ -194,8 +183,8 @@ class TilesJob {
 
   // Strip s of some samples, the last of theirs or not.
   void add_strip(std::int64_t n0, std::int64_t samples, std::int64_t s, bool last) {
-    const std::int64_t frame = s / layout_.strips, down = s % layout_.strips * layout_.strip;
-    const OutputTiles strip{1, min_of(layout_.strip, layout_.tiles.down - down), layout_.tiles.across};
+    const std::int64_t frame = layout_.strips.frame(s), down = layout_.strips.down(s);
+    const OutputTiles strip = layout_.strips[s];
     const Panel<S> panel{strip.count(), lanes<S>};
     std::int64_t row_offsets[kRowBlocks * kMR];
     for (std::int64_t i = 0; i < blocks() * kMR; ++i) {
@@ -205,7 +194,7 @@ class TilesJob {
     for (std::int64_t n = 0; n < samples; ++n) transform_inputs_of(n0 + n, frame, down, strip, n);
 
     // With few tiles a block's products and sums stay in the first cache, with many a point's gradients.
-    const bool few = layout_.one_strip() && 2 * strip.count() <= kStripTiles;
+    const bool few = layout_.strips.count == 1 && 2 * strip.count() <= kStripTiles;
     const std::int64_t together = few ? kMR : rows_;
     for (std::int64_t q = 0; q < panels(); ++q) {
       const int vectors = panel_vectors<S>(columns_, q * kNR<S>);
@@ -225,7 +214,7 @@ class TilesJob {
           p.vectors = vectors;
           p.add = s > 0;
           p.products = reinterpret_cast<S*>(scratch_ + layout_.products) +
-                       (layout_.one_strip() ? 0 : q * blocks() * kPoints * kBlock<S>);
+                       (layout_.strips.count == 1 ? 0 : q * blocks() * kPoints * kBlock<S>);
           multiply(p);
           if (last) add_squares(p, sums() + (q * blocks() * kMR + row) * kTaps * kNR<S>);
         }
@@ -258,7 +247,7 @@ class TilesJob {
   Picture<S> picture(const void* tensor, std::int64_t n, std::int64_t channel, std::int64_t frame,
                      const std::int64_t* size, const std::int64_t* strides, std::int64_t count, std::int64_t row0,
                      std::int64_t column0) const {
-    const Picture<S> picture{reinterpret_cast<S*>(scratch_), layout_.rows, layout_.across};
+    const Picture<S> picture{reinterpret_cast<S*>(scratch_), layout_.strips.rows, layout_.strips.across};
     picture.fill(static_cast<const Stored*>(tensor) + n * strides[0] + channel * strides[1] + frame * strides[2],
                  strides[1], size + 1, strides + 3, count, row0, column0,
                  reinterpret_cast<S*>(scratch_ + layout_.packed));
@@ -286,9 +275,9 @@ void contract_tiles(const ConvArgs& args) {
   using S = Compute<Stored>;
   const TilesLayout<S> layout(args);
   const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
-  const std::int64_t tiles = layout.tiles.count();
+  const std::int64_t tiles = layout.strips.tiles.count();
   std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(static_cast<char*>(args.workspace) + layout.offsets);
-  for (std::int64_t t = 0; t < layout.strip * layout.tiles.across; ++t) offsets[t] = t * lanes<S>;
+  for (std::int64_t t = 0; t < layout.strips.size(); ++t) offsets[t] = t * lanes<S>;
 
   const int threads = worthwhile(layout.workers, args.samples * kPoints * tiles * channels * args.out_channels);
   const std::int64_t row_jobs = layout.row_jobs, column_jobs = layout.column_jobs;

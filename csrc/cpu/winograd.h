@@ -41,6 +41,30 @@ inline OutputTiles output_tiles(const std::int64_t* size) {
   return {size[0], (size[1] + 1) / 2, (size[2] + 1) / 2};
 }
 
+// How the samples' pictures are cut: into strips of some rows of tiles, or some small pictures at a time.
+struct Strips {
+  OutputTiles tiles;          // of a sample
+  std::int64_t height;        // rows of tiles of a strip
+  std::int64_t of_picture;    // strips
+  std::int64_t count;         // strips of a sample
+  std::int64_t samples;       // at a time
+  std::int64_t rows, across;  // places of a strip with zeros around it
+
+  Strips(const OutputTiles& tiles, std::int64_t num_samples)
+      : tiles(tiles),
+        height(max_of(1, min_of(tiles.down, kStripTiles / max_of(1, tiles.across)))),
+        of_picture(ceil_div(tiles.down, height)),
+        count(tiles.frames * of_picture),
+        samples(count == 1 ? max_of(1, min_of(num_samples, kStripTiles / max_of(1, size()))) : 1),
+        rows(2 * height + 2),
+        across(2 * tiles.across + 2) {}
+
+  std::int64_t size() const { return height * tiles.across; }  // tiles of a strip, at most
+  std::int64_t frame(std::int64_t s) const { return s / of_picture; }
+  std::int64_t down(std::int64_t s) const { return s % of_picture * height; }  // rows of tiles above
+  OutputTiles operator[](std::int64_t s) const { return {1, min_of(height, tiles.down - down(s)), tiles.across}; }
+};
+
 template <class V>
 LIMPET_FORMULA void transform_inputs(V d[4][4]) {
   const auto line = [](V& d0, V& d1, V& d2, V& d3) {

@@ -1,4 +1,4 @@
-"""The gradient at the input of convolutions with kernels of 3 x 3, on the CPU: half of what torch's takes.
+"""The gradient at the input of convolutions with kernels of 3 x 3, on the CPU: in 0.5 to 0.75 of torch's time.
 
 The Fisher information needs no gradient of the weights beside the squared ones, so that this is half of its backward.
 """
