@@ -48,14 +48,15 @@ def test_conv(case, compare):
     compare(f"contraction, 3x3 convolution {case}", "torch's convolution weight gradient", "at most 1.15", calls)
 
 
-@pytest.mark.parametrize("case", [case for case in CONV if case[3] > 4 and case[4] == 1], ids=str)
+@pytest.mark.parametrize("case", [case for case in CONV if case[3] > 4], ids=str)
 def test_conv_input_grad(case, compare):
-    samples, channels, out_channels, size, _ = case
+    samples, channels, out_channels, size, stride = case
     x, weight = torch.randn(samples, channels, size, size), torch.randn(out_channels, channels, 3, 3)
-    d = torch.randn(samples, out_channels, size, size)
-    rest = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
+    d = torch.randn(samples, out_channels, size // stride, size // stride)
+    steps, ones = [stride, stride], [1, 1]
+    rest = (None, steps, ones, ones, False, [0, 0], 1, [True, False, False])
     calls = {
-        "ours": lambda: conv_input_grad(d, weight, (1, 1)),
+        "ours": lambda: conv_input_grad(d, weight, (size, size), steps, ones),
         "baseline": lambda: torch.ops.aten.convolution_backward(d, x, weight, *rest),
     }
     compare(f"input gradient, 3x3 convolution {case}", "torch's convolution input gradient", "below 1", calls)

@@ -86,6 +86,14 @@ CONV = [
     Conv(9, 48, 34, (9, 12), (3, 3), {"padding": (2, 0)}),
     Conv(2, 72, 70, (2, 9, 8), (1, 3, 3), {"padding": (0, 1, 0), "groups": 2}),
     Conv(1, 34, 33, (4, 140), (3, 3), {"padding": 1}),
+    # Places left out where the kernel lies in the padding: samples in turns, groups, a tap without places, volumes.
+    Conv(300, 33, 70, (2, 3), (3, 3), {"padding": 1}),
+    Conv(3, 40, 38, (8, 5), (5, 3), {"stride": (2, 1), "padding": (2, 1), "groups": 2}),
+    Conv(2, 13, 20, (2, 4), (3, 3), {"padding": (2, 1), "dilation": (2, 1)}),
+    Conv(2, 19, 17, (3, 4, 2), (3, 3, 3), {"padding": 1}),
+    # Tiles of 4 x 4 places: samples together, several strips and jobs.
+    Conv(5, 33, 40, (18, 17), (3, 3), {"padding": 1}),
+    Conv(1, 110, 66, (37, 44), (3, 3), {"padding": (2, 0)}),
 ]
 
 # (N, ..., C) and (N, C, ...): channels last and first.

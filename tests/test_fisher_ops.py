@@ -114,11 +114,11 @@ def test_conv_on_any_geometry(data):
 @given(data=st.data())
 @settings(max_examples=40)
 def test_conv_by_tiles(data):
-    """Kernels of 3 x 3 with a step of one, channels for two vectors or more; outputs may end early."""
+    """Kernels of 3 x 3 with a step of one, two vectors of channels or more; outputs may end early."""
     draw = data.draw
     groups, samples = draw(st.integers(1, 2)), draw(st.integers(1, 5))
     padding = draw(st.tuples(*[st.integers(0, 3)] * 2))
-    x = torch.randn(samples, groups * draw(st.integers(32, 50)), *draw(st.tuples(*[st.integers(3, 21)] * 2)))
+    x = torch.randn(samples, groups * draw(st.integers(32, 50)), *draw(st.tuples(*[st.integers(3, 26)] * 2)))
     ends = [draw(st.integers(0, 1)) for _ in range(2)]  # places that the gradient lacks at the end
     size = (max(0, x.shape[2 + i] + 2 * padding[i] - 2 - ends[i]) for i in range(2))
     d = torch.randn(samples, groups * draw(st.integers(32, 70)), *size)
@@ -132,12 +132,43 @@ def test_conv_by_tiles(data):
     assert_close(got, want)
 
 
-def test_conv_by_tiles_sums_as_single_samples_do():
-    d, x = torch.randn(7, 40, 8, 8), torch.randn(7, 40, 8, 8)
+@given(data=st.data())
+@settings(max_examples=40)
+def test_conv_with_places_left_out(data):
+    """Small pictures with much padding, channels for more than a register tile; outputs may end early."""
+    draw = data.draw
+    groups, samples = draw(st.integers(1, 2)), draw(st.integers(1, 40))
+    kernel, stride, dilation = (draw(st.tuples(*[st.integers(1, n)] * 2)) for n in (5, 3, 2))
+    padding = draw(st.tuples(*[st.integers(0, 4)] * 2))
+    reach = [(k - 1) * dl + 1 - 2 * p for k, dl, p in zip(kernel, dilation, padding, strict=True)]
+    size = (max(1, r) + draw(st.integers(0, 6)) for r in reach)
+    x = torch.randn(samples, groups * draw(st.integers(6, 30)), *size)
+    ends = [draw(st.integers(0, 1)) for _ in range(2)]  # places that the gradient lacks at the end
+    outputs = ((x.shape[2 + i] - reach[i]) // stride[i] + 1 - ends[i] for i in range(2))
+    d = torch.randn(samples, groups * draw(st.integers(1, 70)), *outputs)
+    if draw(st.booleans()):
+        d, x = (t.contiguous(memory_format=torch.channels_last) for t in (d, x))
+    got = ops.sum_grad_squared_conv(d, x, kernel, stride, padding, dilation, groups)
+    d = torch.nn.functional.pad(d, [0, ends[1], 0, ends[0]])
+    want = reference.sum_grad_squared_conv(d.double(), x.double(), kernel, stride, padding, dilation, groups)
+    assert_close(got, want)
+
+
+@pytest.mark.parametrize("size", [4, 8, 18])
+def test_conv_sums_as_single_samples_do(size):
+    d, x = torch.randn(7, 40, size, size), torch.randn(7, 40, size, size)
     one_by_one = torch.zeros(40, 40, 3, 3)
     for n in range(7):
         ops.sum_grad_squared_conv(d[n : n + 1], x[n : n + 1], 3, 1, 1, into=one_by_one)
     assert_close(ops.sum_grad_squared_conv(d, x, 3, 1, 1), one_by_one)
+
+
+def test_the_error_of_large_tiles_is_that_of_a_direct_contraction():
+    """A permutation of the places' dimensions is a kernel of three dimensions, which goes the direct way."""
+    d, x = torch.randn(4, 64, 32, 32), torch.randn(4, 64, 32, 32)
+    want = reference.sum_grad_squared_conv(d.double(), x.double(), [3, 3], [1, 1], [1, 1], [1, 1], 1)
+    direct = ops.sum_grad_squared_conv(d[:, :, :, None], x[:, :, :, None], (3, 1, 3), 1, (1, 0, 1)).squeeze(3)
+    assert (ops.sum_grad_squared_conv(d, x, 3, 1, 1) - want).norm() < 2 * (direct - want).norm()
 
 
 def test_conv_empty():
@@ -203,11 +234,8 @@ def test_embedding(dtype, padding_idx):
 
 
 def test_threads_do_not_change_a_bit():
-    case, grouped, tiled = CONV[5], CONV[10], CONV[18]
+    convolutions = [(case, *case.make(torch.float32)) for case in (CONV[i] for i in (1, 3, 5, 10, 18, 22, 27))]
     d, a = torch.randn(100, 16, 100), torch.randn(100, 16, 300)
-    cd, cx = case.make(torch.float32)
-    gd, gx = grouped.make(torch.float32)
-    td, tx = tiled.make(torch.float32)
     bd = torch.randn(20, 40, 333)
     results = []
     for threads in (1, 2, 3):
@@ -216,9 +244,7 @@ def test_threads_do_not_change_a_bit():
             [
                 ops.sum_grad_squared_linear(d, a),
                 ops.sum_grad_squared_linear(d[:, 0], a[:, 0]),
-                ops.sum_grad_squared_conv(cd, cx, case.kernel, **case.geometry),
-                ops.sum_grad_squared_conv(gd, gx, grouped.kernel, **grouped.geometry),
-                ops.sum_grad_squared_conv(td, tx, tiled.kernel, **tiled.geometry),
+                *(ops.sum_grad_squared_conv(cd, cx, case.kernel, **case.geometry) for case, cd, cx in convolutions),
                 ops.sum_grad_squared_bias(bd),
                 ops.sum_grad_squared_scale(bd, bd, channel_dim=1, shift=bd[0, :, 0]),
                 ops.sum_grad_squared_embedding(d, torch.arange(1600).reshape(100, 16) % 7, 9),

@@ -57,7 +57,7 @@ LIMPET_FORMULA Chunking chunking(std::int64_t samples, std::int64_t places) {
 // Below this many places per sample, reading and writing the sums of squares for every sample would cost more than a
 // narrower tile does, whose sums stay in registers beside the products (measured; it needs 32 registers).
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr std::int64_t kFewPlaces = 16;
+constexpr std::int64_t kFewPlaces = 8;
 #else
 constexpr std::int64_t kFewPlaces = 0;
 #endif
@@ -67,7 +67,9 @@ struct Tile {
   const S* rows[kMR];           // first sample's row bases
   std::int64_t row_sample;      // from one sample to the next
   const std::int64_t* offsets;  // [places] from a row's base
-  const S* columns;             // [samples, places, width]
+  const S* columns;             // [samples, places, width]; those that are `listed`, [samples, column_places, width]
+  const std::int64_t* listed;   // [places] which of a sample's; only where run_tile is told so
+  std::int64_t column_sample;   // from one sample to the next, where they are listed
   std::int64_t width;           // of the panel of columns
   std::int64_t samples, places;
   S* sum;                 // [MR, kNR]: gets the sum of squares; or, if not `squares`, has the product added to it
@@ -79,7 +81,7 @@ struct Tile {
 
 // The tile's vectors [v0, v0 + NV). `resident`: the sums of squares stay in registers; samples are never carried then.
 // The short loops are unrolled by order: left to itself the compiler brings the products to the stack for every sample.
-template <class S, int MR, int NV, bool resident>
+template <bool listed, class S, int MR, int NV, bool resident>
 void run_tile(const Tile<S>& tile, int v0) {
   using V = Vector<S>;
   const S* columns = tile.columns + v0 * lanes<S>;
@@ -94,22 +96,20 @@ void run_tile(const Tile<S>& tile, int v0) {
   [[maybe_unused]] V squares[MR][NV] = {};
   for (std::int64_t n = 0; n < tile.samples; ++n) {
     V acc[MR][NV];
-    if (resident || tile.first)
-      each([&](int r, int v) { acc[r][v] = V{}; });
-    else
-      each([&](int r, int v) { acc[r][v] = load(carry(r, v)); });
+    each([&](int r, int v) { acc[r][v] = V{}; });
 
     const S* rows[MR];
     for (int r = 0; r < MR; ++r) rows[r] = tile.rows[r] + n * tile.row_sample;
-    const auto place = [&](std::int64_t t) __attribute__((always_inline)) {
+    const auto place = [&](std::int64_t t) LIMPET_INLINE {
       const std::int64_t offset = tile.offsets[t];
       V column[NV];
-      for (int v = 0; v < NV; ++v) column[v] = load(columns + v * lanes<S>);
+      const S* const at = listed ? columns + tile.listed[t] * tile.width : columns;
+      for (int v = 0; v < NV; ++v) column[v] = load(at + v * lanes<S>);
       for (int r = 0; r < MR; ++r) {
         const V row = broadcast(rows[r][offset]);
         for (int v = 0; v < NV; ++v) acc[r][v] += row * column[v];
       }
-      columns += tile.width;
+      if constexpr (!listed) columns += tile.width;
     };
     std::int64_t t = 0;
     for (; t + 4 <= tile.places; t += 4) {
@@ -123,7 +123,10 @@ void run_tile(const Tile<S>& tile, int v0) {
       place(t + 3);
     }
     for (; t < tile.places; ++t) place(t);
+    if constexpr (listed) columns += tile.column_sample;
 
+    // Segments are summed apart, which keeps the error of a long sum small.
+    if (!resident && !tile.first) each([&](int r, int v) { acc[r][v] += load(carry(r, v)); });
     if constexpr (resident) {
       each([&](int r, int v) { math::add_square(squares[r][v], acc[r][v]); });
     } else if (!tile.last) {
@@ -143,39 +146,39 @@ void run_tile(const Tile<S>& tile, int v0) {
   if constexpr (resident) each([&](int r, int v) { store<S>(squares[r][v], sum(r, v)); });
 }
 
-template <class S, int NV, bool resident>
+template <bool listed, class S, int NV, bool resident>
 void run_tile(const Tile<S>& tile, int rows, int v0) {
   switch (rows) {
-    case 1: return run_tile<S, 1, NV, resident>(tile, v0);
-    case 2: return run_tile<S, 2, NV, resident>(tile, v0);
-    case 3: return run_tile<S, 3, NV, resident>(tile, v0);
-    case 4: return run_tile<S, 4, NV, resident>(tile, v0);
-    case 5: return run_tile<S, 5, NV, resident>(tile, v0);
-    default: return run_tile<S, kMR, NV, resident>(tile, v0);
+    case 1: return run_tile<listed, S, 1, NV, resident>(tile, v0);
+    case 2: return run_tile<listed, S, 2, NV, resident>(tile, v0);
+    case 3: return run_tile<listed, S, 3, NV, resident>(tile, v0);
+    case 4: return run_tile<listed, S, 4, NV, resident>(tile, v0);
+    case 5: return run_tile<listed, S, 5, NV, resident>(tile, v0);
+    default: return run_tile<listed, S, kMR, NV, resident>(tile, v0);
   }
 }
 
-template <class S>
+template <bool listed = false, class S>
 void run_tile(const Tile<S>& tile, int rows, int vectors) {
   static_assert(kNV == 4 || kNV == 2, "cases below");
   if constexpr (kFewPlaces > 0) {
     if (tile.squares && tile.places < kFewPlaces) {
       for (int v = 0; v < vectors; v += 2) {
         if (v + 2 <= vectors)
-          run_tile<S, 2, true>(tile, rows, v);
+          run_tile<listed, S, 2, true>(tile, rows, v);
         else
-          run_tile<S, 1, true>(tile, rows, v);
+          run_tile<listed, S, 1, true>(tile, rows, v);
       }
       return;
     }
   }
   switch (vectors) {
-    case 1: return run_tile<S, 1, false>(tile, rows, 0);
+    case 1: return run_tile<listed, S, 1, false>(tile, rows, 0);
 #if defined(__AVX512F__) || defined(__aarch64__)
-    case 2: return run_tile<S, 2, false>(tile, rows, 0);
-    case 3: return run_tile<S, 3, false>(tile, rows, 0);
+    case 2: return run_tile<listed, S, 2, false>(tile, rows, 0);
+    case 3: return run_tile<listed, S, 3, false>(tile, rows, 0);
 #endif
-    default: return run_tile<S, kNV, false>(tile, rows, 0);
+    default: return run_tile<listed, S, kNV, false>(tile, rows, 0);
   }
 }
 
@@ -241,6 +244,27 @@ void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std:
     }
     for (std::int64_t i = count; i < width; ++i) to[i] = 0;
   }
+}
+
+// total [columns, ...] += sums [count, width] transposed, for `columns` of the width.
+template <class S>
+void add_transposed(const S* sums, std::int64_t width, std::int64_t count, std::int64_t columns, S* total,
+                    std::int64_t stride) {
+  for (std::int64_t column = 0; column < columns; column += lanes<S>)
+    for (std::int64_t first = 0; first < count; first += lanes<S>) {
+      const std::int64_t some = min_of(lanes<S>, count - first), height = min_of(lanes<S>, columns - column);
+      Vector<S> square[lanes<S>];
+      for (std::int64_t i = 0; i < lanes<S>; ++i)
+        square[i] = load(sums + (first + min_of(i, some - 1)) * width + column);
+      transpose<S>(square);
+      for (std::int64_t c = 0; c < height; ++c) {
+        S* const to = total + (column + c) * stride + first;
+        if (some == lanes<S>)
+          store<S>(load(to) + square[c], to);
+        else
+          for (std::int64_t i = 0; i < some; ++i) to[i] += square[c][i];
+      }
+    }
 }
 
 }  // namespace

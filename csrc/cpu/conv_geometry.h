@@ -39,5 +39,33 @@ inline void fill_offsets(const ConvArgs& args, const ConvGeometry& geometry, std
                     k2 * args.dilation[2] * s2;
 }
 
+// [places, width] from `count` channels of a picture, whose places are numbered through its three dimensions. Strides:
+// of channels, then of the dimensions.
+template <class Stored, class S>
+void pack_places(const Stored* from, const std::int64_t* size, const std::int64_t* strides, std::int64_t place0,
+                 std::int64_t places, std::int64_t count, std::int64_t width, S* to) {
+  // The stride of a dimension of one is arbitrary: those that a picture lacks have zero.
+  const bool lines = size[1] == 1 || strides[2] == strides[3] * size[2];
+  const bool flat = lines && (size[0] == 1 || strides[1] == strides[2] * size[1]);
+  for (std::int64_t t = 0; t < places;) {  // a line at a time, or all where one follows the other
+    const std::int64_t place = place0 + t, y2 = place % size[2], y1 = place / size[2] % size[1];
+    const std::int64_t run = flat ? places : min_of(size[2] - y2, places - t);
+    const Stored* const line = from + place / size[2] / size[1] * strides[1] + y1 * strides[2] + y2 * strides[3];
+    pack(line, strides[0], strides[3], run, count, width, false, to + t * width);
+    t += run;
+  }
+}
+
+// A kernel of one element sees each step-th place of the input: the others are left out.
+inline ConvArgs without_steps(ConvArgs args) {
+  for (int i = 0; i < 3; ++i)
+    if (args.kernel[i] == 1 && args.padding[i] == 0) {
+      args.input_size[i] = args.output_size[i];
+      args.input_strides[2 + i] *= args.stride[i];
+      args.stride[i] = 1;
+    }
+  return args;
+}
+
 }  // namespace
 }  // namespace limpet::cpu

@@ -1,6 +1,5 @@
-// The gradient at the input of a convolution with a kernel of 3 x 3 and a step of one: a convolution of the output's
-// gradient with the kernel turned round, in Winograd's form (winograd.h). Rows of the register tile are tiles of 2 x 2
-// places, columns are input channels, and the products run over output channels.
+// The gradient at the input of a convolution with a kernel of 3 x 3, in Winograd's form (winograd.h). Rows of the
+// register tile are tiles of places, columns are input channels, and the products run over output channels.
 
 #include "cpu/isa.h"
 #include "cpu/winograd.h"
@@ -11,99 +10,177 @@ namespace {
 // Output channels at a time, so that a point's operands stay in the first cache.
 constexpr std::int64_t kSegmentChannels = 64;
 
-// Workspace: transformed kernels, [panel, point, output channel, width] | per thread: a strip of the output's gradient
-// with zeros around it, packed without, its transformed values, products, a strip of the input's gradient, where rows
-// lie.
-template <class S>
-struct Layout {
-  std::int64_t size[2];  // of the input's pictures
-  Strips strips;         // of the input's gradient
-  std::int64_t jobs;
-  int workers;
-  std::int64_t panels, channel_panels, blocks;  // of input channels, of output channels; register tiles of a job
-  std::int64_t sample_values;                   // transformed, of a strip
-  Panel<S> kernels;
-  std::int64_t threads, end;                                        // in bytes
-  std::int64_t packed, values, products, out, row_offsets, thread;  // in bytes; within a thread's part
+// In one dimension, with the gradients d0, d1, ... at outputs and the kernel w0, w1, w2, the gradient at input i is the
+// sum of w_k d_(i - k + padding). The forms below are those of winograd.h, with `kernel` for the kernel's values and
+// `outputs` for what the products give; `origin`: where in the first tile's window the first gradient lies.
+struct TwoByFour : TilesOfTwo {
+  static std::int64_t origin(std::int64_t padding) { return 2 - padding; }
 
-  explicit Layout(const ConvInputGradArgs& args)
-      : size{args.output_size[0] + 2 - 2 * args.padding[0], args.output_size[1] + 2 - 2 * args.padding[1]},
-        strips({1, (size[0] + 1) / 2, (size[1] + 1) / 2}, args.samples) {
-    const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
-    jobs = ceil_div(args.samples, strips.samples) * strips.count;
-    workers = static_cast<int>(max_of(1, min_of(args.threads, jobs)));
-    panels = ceil_div(args.in_channels, kNR<S>);
-    channel_panels = ceil_div(args.out_channels, lanes<S>);
-    blocks = ceil_div(strips.samples * strips.size(), kMR);
-    sample_values = channel_panels * Panel<S>{strips.size(), lanes<S>}.size();
-    kernels = {args.out_channels, kNR<S>};
-    threads = bytes(panels * kernels.size());
-    packed = bytes(strips.rows * strips.across * lanes<S>);
-    values = packed + bytes(strips.rows * strips.across * lanes<S>);
-    products = values + bytes(strips.samples * sample_values);
-    out = products + bytes(kPoints * blocks * kBlock<S>);
-    row_offsets = out + bytes(2 * strips.height * size[1] * lanes<S>);
-    thread = row_offsets + ceil_div(blocks * kMR * 8, 64) * 64;
-    end = threads + thread * workers;
+  template <class V>
+  LIMPET_FORMULA static void kernel(const V* w, V* at) {
+    const V outer = times(0.5, w[2] + w[0]), middle = times(0.5, w[1]);
+    at[0] = w[2];
+    at[1] = outer + middle;
+    at[2] = outer - middle;
+    at[3] = w[0];
+  }
+  template <class V>
+  LIMPET_FORMULA static void outputs(const V* m, V* y) {
+    y[0] = m[0] + (m[1] + m[2]);
+    y[1] = (m[1] - m[2]) + m[3];
   }
 };
 
-// The kernels' values at the points, of one output channel and a vector of input channels; turned round.
-template <class S>
-void transform_kernel(const S* weight, std::int64_t count, std::int64_t point, S* to) {
-  using V = Vector<S>;
-  const V half_of_one = broadcast(static_cast<S>(0.5));
-  const auto line = [&](const V& w0, const V& w1, const V& w2, V* at) {
-    const V outer = (w0 + w2) * half_of_one, middle = w1 * half_of_one;
-    at[0] = w0;
-    at[1] = outer + middle;
-    at[2] = outer - middle;
-    at[3] = w2;
-  };
-  alignas(64) S taps[kTaps * lanes<S>];
-  pack(weight, kTaps, 1, kTaps, count, lanes<S>, false, taps);
-  const auto tap = [&](int k, int l) { return load(taps + (8 - 3 * k - l) * lanes<S>); };
-  V lines[3][4];
-#pragma GCC unroll 3
-  for (int k = 0; k < 3; ++k) line(tap(k, 0), tap(k, 1), tap(k, 2), lines[k]);
-#pragma GCC unroll 4
-  for (int l = 0; l < 4; ++l) {
-    V column[4];
-    line(lines[0][l], lines[1][l], lines[2][l], column);
-#pragma GCC unroll 4
-    for (int k = 0; k < 4; ++k) store<S>(column[k], to + (4 * k + l) * point);
+struct FourBySix : TilesOfFour {
+  static std::int64_t origin(std::int64_t padding) { return 2 - padding; }
+
+  template <class V>
+  LIMPET_FORMULA static void kernel(const V* w, V* at) {
+    const V even_a = times(at_a, w[2]) + times(at_a * aa, w[0]), odd_a = times(at_a * a, w[1]);
+    const V even_b = times(at_b, w[2]) + times(at_b * bb, w[0]), odd_b = times(at_b * b, w[1]);
+    at[0] = times(at_zero, w[2]);
+    at[1] = even_a + odd_a;
+    at[2] = even_a - odd_a;
+    at[3] = even_b + odd_b;
+    at[4] = even_b - odd_b;
+    at[5] = w[0];
   }
+  template <class V>
+  LIMPET_FORMULA static void outputs(const V* m, V* y) {
+    const V sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = m[0] + (sum_a + sum_b);
+    y[1] = times(a, difference_a) + times(b, difference_b);
+    y[2] = times(aa, sum_a) + times(bb, sum_b);
+    y[3] = (times(a * aa, difference_a) + times(b * bb, difference_b)) + m[5];
+  }
+};
+
+// A step of two and a padding of one: of four inputs the first and the third see w1 alone, the others w0 and w2, which
+// are F(2, 2): 25 products instead of 36.
+struct StepsOfTwo {
+  static constexpr int kWindow = 3, kStep = 2, kPoints = 5, kOutputs = 4;
+  static constexpr std::int64_t kStripTiles = 42;
+  static std::int64_t origin(std::int64_t) { return 0; }
+
+  template <class V>
+  LIMPET_FORMULA static void inputs(const V* d, V* at) {
+    at[0] = d[0] - d[1];
+    at[1] = d[1];
+    at[2] = d[2] - d[1];
+    at[3] = d[0];
+    at[4] = d[1];
+  }
+  template <class V>
+  LIMPET_FORMULA static void kernel(const V* w, V* at) {
+    at[0] = w[2];
+    at[1] = w[0] + w[2];
+    at[2] = w[0];
+    at[3] = w[1];
+    at[4] = w[1];
+  }
+  template <class V>
+  LIMPET_FORMULA static void outputs(const V* m, V* y) {
+    y[0] = m[3];
+    y[1] = m[0] + m[1];
+    y[2] = m[4];
+    y[3] = m[1] + m[2];
+  }
+};
+
+template <class Form>
+TileCounts input_tiles(const ConvInputGradArgs& args) {
+  return {1, ceil_div(args.input_size[0], Form::kOutputs), ceil_div(args.input_size[1], Form::kOutputs)};
 }
 
-// The 2 x 2 outputs of a tile's products.
-template <class S>
-LIMPET_FORMULA void outputs_of(const S* products, std::int64_t point, Vector<S> to[2][2]) {
+// The kernels' values: [panel of input channels, point, output channel, width].
+template <class Form, class S>
+struct KernelsLayout {
+  std::int64_t panels;
+  Panel<S> panel;
+
+  explicit KernelsLayout(const ConvInputGradArgs& args)
+      : panels(ceil_div(args.in_channels, kNR<S>)), panel{args.out_channels, kNR<S>} {}
+
+  std::int64_t panel_size() const { return panel.size(kPoints<Form>); }
+  std::int64_t bytes() const { return panels * panel_size() * static_cast<std::int64_t>(sizeof(S)); }
+};
+
+// Workspace, per thread: a strip of the output's gradient with zeros around it, packed without, its transformed values,
+// products, a strip of the input's gradient, where rows lie.
+template <class Form, class S>
+struct Layout {
+  Strips<Form> strips;  // of the input's gradient
+  std::int64_t jobs;
+  int workers;
+  std::int64_t channel_panels, blocks;                                   // of output channels; register tiles of a job
+  std::int64_t sample_values;                                            // transformed, of a strip
+  std::int64_t packed, values, products, out, row_offsets, thread, end;  // in bytes
+
+  explicit Layout(const ConvInputGradArgs& args) : strips(input_tiles<Form>(args), args.samples) {
+    const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
+    if (strips.count == 1) {  // all threads have as many samples
+      const std::int64_t threads = max_of(1, args.threads), rounds = ceil_div(args.samples, strips.samples * threads);
+      strips.samples = ceil_div(args.samples, max_of(1, rounds * threads));
+    }
+    jobs = ceil_div(args.samples, max_of(1, strips.samples)) * strips.count;
+    workers = static_cast<int>(max_of(1, min_of(args.threads, jobs)));
+    channel_panels = ceil_div(args.out_channels, lanes<S>);
+    blocks = ceil_div(strips.samples * strips.size(), kMR);
+    sample_values = channel_panels * Panel<S>{strips.size(), lanes<S>}.size(kPoints<Form>);
+    packed = bytes(strips.rows * strips.across * lanes<S>);
+    values = packed + bytes(strips.rows * strips.across * lanes<S>);
+    products = values + bytes(strips.samples * sample_values);
+    out = products + bytes(kPoints<Form> * KernelsLayout<Form, S>(args).panels * blocks * kBlock<S>);
+    row_offsets = out + bytes(Form::kOutputs * strips.height * args.input_size[1] * lanes<S>);
+    thread = row_offsets + ceil_div(blocks * kMR * 8, 64) * 64;
+    end = thread * workers;
+  }
+};
+
+// The kernels' values at the points, of one output channel and a vector of input channels.
+template <class Form, class S>
+void transform_kernel(const S* weight, std::int64_t count, std::int64_t point, S* to) {
   using V = Vector<S>;
-  const auto line = [](const V& m0, const V& m1, const V& m2, const V& m3, V& y0, V& y1) {
-    y0 = m0 + (m1 + m2);
-    y1 = (m1 - m2) + m3;
-  };
-  V lines[2][4];
-#pragma GCC unroll 4
-  for (int l = 0; l < 4; ++l)
-    line(load(products + l * point), load(products + (4 + l) * point), load(products + (8 + l) * point),
-         load(products + (12 + l) * point), lines[0][l], lines[1][l]);
-#pragma GCC unroll 2
-  for (int k = 0; k < 2; ++k) line(lines[k][0], lines[k][1], lines[k][2], lines[k][3], to[k][0], to[k][1]);
+  constexpr int points = Form::kPoints;
+  alignas(64) S taps[kTaps * lanes<S>];
+  pack(weight, kTaps, 1, kTaps, count, lanes<S>, false, taps);
+  along_both<3, points, V>([&](int k, int l) LIMPET_INLINE { return load(taps + (3 * k + l) * lanes<S>); },
+                           [](const V* w, V* at) LIMPET_INLINE { Form::kernel(w, at); },
+                           [&](int k, int l, const V& value)
+                               LIMPET_INLINE { store<S>(value, to + (points * k + l) * point); });
+}
+
+template <class Form, class S>
+void transform_kernels(const ConvInputGradArgs& args) {
+  const KernelsLayout<Form, S> layout(args);
+  const std::int64_t channels = args.in_channels, vectors = ceil_div(channels, lanes<S>);
+  const int threads = worthwhile(args.threads, args.out_channels * channels * kPoints<Form>);
+  parallel_for(threads, vectors, [&](std::int64_t v, int) {
+    const std::int64_t c = v * lanes<S>, q = c / kNR<S>;
+    const Panel<S> panel{args.out_channels, panel_vectors<S>(channels, q * kNR<S>) * lanes<S>};
+    for (std::int64_t o = 0; o < args.out_channels; ++o)
+      transform_kernel<Form, S>(static_cast<const S*>(args.weight) + (o * channels + c) * kTaps,
+                                min_of(lanes<S>, channels - c), panel.point(),
+                                static_cast<S*>(args.kernels) + q * layout.panel_size() + o * panel.width + c % kNR<S>);
+  });
 }
 
 // A strip's outputs, [height, width, lanes], from its tiles' products; tiles may reach beyond.
-template <class S>
-void outputs_of_strip(const S* products, std::int64_t point, const OutputTiles& strip, std::int64_t height,
+template <class Form, class S>
+void outputs_of_strip(const S* products, std::int64_t point, const TileCounts& strip, std::int64_t height,
                       std::int64_t width, S* to) {
+  using V = Vector<S>;
+  constexpr int size = Form::kOutputs;
   for (std::int64_t i = 0; i < strip.down; ++i)
     for (std::int64_t j = 0; j < strip.across; ++j, products += kNR<S>) {
-      Vector<S> y[2][2];
-      outputs_of<S>(products, point, y);
-      for (int k = 0; k < 2; ++k)
-        for (int l = 0; l < 2; ++l)
-          if (2 * i + k < height && 2 * j + l < width)
-            store<S>(y[k][l], to + ((2 * i + k) * width + 2 * j + l) * lanes<S>);
+      const std::int64_t rows = height - size * i, columns = width - size * j;
+      S* const at = to + (size * i * width + size * j) * lanes<S>;
+      along_both<Form::kPoints, size, V>([&](int k, int l)
+                                             LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
+                                         [](const V* m, V* y) LIMPET_INLINE { Form::outputs(m, y); },
+                                         [&](int k, int l, const V& y) LIMPET_INLINE {
+                                           if (k < rows && l < columns) store<S>(y, at + (k * width + l) * lanes<S>);
+                                         });
     }
 }
 
@@ -124,34 +201,24 @@ void unpack(const S* from, std::int64_t places, std::int64_t count, std::int64_t
   }
 }
 
-template <class S>
+template <class Form, class S>
 void input_grad(const ConvInputGradArgs& args) {
-  const Layout<S> layout(args);
-  char* const workspace = static_cast<char*>(args.workspace);
-  S* const kernels = reinterpret_cast<S*>(workspace);
-  const std::int64_t channels = args.in_channels, out_channels = args.out_channels;
-  const std::int64_t places = layout.size[0] * layout.size[1];
+  const Layout<Form, S> layout(args);
+  const KernelsLayout<Form, S> kernels(args);
+  const std::int64_t channels = args.in_channels, out_channels = args.out_channels, width = args.input_size[1];
+  const std::int64_t places = args.input_size[0] * width;
   const int threads =
-      worthwhile(layout.workers, args.samples * kPoints * layout.strips.tiles.count() * channels * out_channels);
-
-  const std::int64_t vectors = ceil_div(channels, lanes<S>);
-  parallel_for(threads, vectors, [&](std::int64_t v, int) {
-    const std::int64_t c = v * lanes<S>, q = c / kNR<S>;
-    const Panel<S> panel{out_channels, panel_vectors<S>(channels, q * kNR<S>) * lanes<S>};
-    for (std::int64_t o = 0; o < out_channels; ++o)
-      transform_kernel<S>(static_cast<const S*>(args.weight) + (o * channels + c) * kTaps,
-                          min_of(lanes<S>, channels - c), panel.point(),
-                          kernels + q * layout.kernels.size() + o * panel.width + c % kNR<S>);
-  });
+      worthwhile(layout.workers, args.samples * kPoints<Form> * layout.strips.tiles.count() * channels * out_channels);
 
   parallel_for(threads, layout.jobs, [&](std::int64_t job, int worker) {
-    const Strips& strips = layout.strips;
+    const Strips<Form>& strips = layout.strips;
     const std::int64_t n0 = job / strips.count * strips.samples, s = job % strips.count, down = strips.down(s);
     const std::int64_t samples = min_of(strips.samples, args.samples - n0);
-    const OutputTiles strip = strips[s];
+    const TileCounts strip = strips[s];
     const std::int64_t rows = samples * strip.count(), blocks = ceil_div(rows, kMR);
     const Panel<S> value_panel{strip.count(), lanes<S>};
-    char* const scratch = workspace + layout.threads + layout.thread * worker;
+    const std::int64_t value_panel_size = value_panel.size(kPoints<Form>);
+    char* const scratch = static_cast<char*>(args.workspace) + layout.thread * worker;
     const Picture<S> picture{reinterpret_cast<S*>(scratch), strips.rows, strips.across};
     S* const packed = reinterpret_cast<S*>(scratch + layout.packed);
     S* const values = reinterpret_cast<S*>(scratch + layout.values);
@@ -164,9 +231,9 @@ void input_grad(const ConvInputGradArgs& args) {
       for (std::int64_t o = 0; o < out_channels; o += lanes<S>) {
         picture.fill(static_cast<const S*>(args.output_grad) + ((n0 + n) * out_channels + o) * picture_size,
                      picture_size, args.output_size, strides, min_of(lanes<S>, out_channels - o),
-                     2 - args.padding[0] - 2 * down, 2 - args.padding[1], packed);
-        transform_picture<S>(picture, strip, value_panel.point(), lanes<S>,
-                             values + n * layout.sample_values + o / lanes<S> * value_panel.size());
+                     Form::origin(args.padding[0]) - Form::kStep * down, Form::origin(args.padding[1]), packed);
+        transform_picture<Form>(picture, strip, value_panel.point(), lanes<S>,
+                                values + n * layout.sample_values + o / lanes<S> * value_panel_size);
       }
 
     std::int64_t* const row_offsets = reinterpret_cast<std::int64_t*>(scratch + layout.row_offsets);
@@ -175,56 +242,81 @@ void input_grad(const ConvInputGradArgs& args) {
       row_offsets[i] = t / strip.count() * layout.sample_values + t % strip.count() * lanes<S>;
     }
     std::int64_t offsets[kSegmentChannels];
-    for (std::int64_t o = 0; o < kSegmentChannels; ++o) offsets[o] = o / lanes<S> * value_panel.size() + o % lanes<S>;
+    for (std::int64_t o = 0; o < kSegmentChannels; ++o) offsets[o] = o / lanes<S> * value_panel_size + o % lanes<S>;
 
-    for (std::int64_t q = 0; q < layout.panels; ++q) {
-      const int width = panel_vectors<S>(channels, q * kNR<S>);
-      const Panel<S> panel{out_channels, width * lanes<S>};
-      PointProducts<S> p;
-      p.rows = values;
-      p.row_point = value_panel.point();
-      p.row_run = kSegmentChannels / lanes<S> * value_panel.size();
-      p.row_offsets = row_offsets;
-      p.place_offsets = offsets;
-      p.columns = kernels + q * layout.kernels.size();
-      p.column_point = panel.point();
-      p.num_rows = rows;
-      p.places = out_channels;
-      p.run = kSegmentChannels;
-      p.vectors = width;
-      p.add = false;
-      p.products = products;
-      multiply(p);
+    PointProducts<S> p;
+    p.points = kPoints<Form>;
+    p.rows = values;
+    p.row_point = value_panel.point();
+    p.row_run = kSegmentChannels / lanes<S> * value_panel_size;
+    p.row_offsets = row_offsets;
+    p.place_offsets = offsets;
+    p.columns = static_cast<const S*>(args.kernels);
+    p.column_panel = kernels.panel_size();
+    p.num_rows = rows;
+    p.num_columns = channels;
+    p.places = out_channels;
+    p.run = kSegmentChannels;
+    p.add = false;
+    p.products = products;
+    multiply(p);
 
-      for (int v = 0; v < width; ++v) {
-        const std::int64_t c = q * kNR<S> + v * lanes<S>;
-        S* const to = static_cast<S*>(args.input_grad) + (n0 * channels + c) * places + 2 * down * layout.size[1];
-        const std::int64_t height = min_of(2 * strip.down, layout.size[0] - 2 * down);
-        for (std::int64_t n = 0; n < samples; ++n) {
-          outputs_of_strip<S>(products + n * strip.count() * kNR<S> + v * lanes<S>, blocks * kBlock<S>, strip, height,
-                              layout.size[1], out);
-          unpack(out, height * layout.size[1], min_of(lanes<S>, channels - c), places, to + n * channels * places);
-        }
+    const std::int64_t first = Form::kOutputs * down;
+    const std::int64_t height = min_of(Form::kOutputs * strip.down, args.input_size[0] - first);
+    for (std::int64_t c = 0; c < channels; c += lanes<S>) {
+      const S* const at = products + c / kNR<S> * blocks * kBlock<S> + c % kNR<S>;
+      S* const to = static_cast<S*>(args.input_grad) + (n0 * channels + c) * places + first * width;
+      for (std::int64_t n = 0; n < samples; ++n) {
+        outputs_of_strip<Form>(at + n * strip.count() * kNR<S>, p.point(), strip, height, width, out);
+        unpack(out, height * width, min_of(lanes<S>, channels - c), places, to + n * channels * places);
       }
     }
   });
 }
 
+// Whether tiles of 4 x 4 places take less than those of 2 x 2; forming the kernels' values takes as long as 64 tiles
+// do.
+bool large_tiles_are_faster(const ConvInputGradArgs& args) {
+  const auto products = [&](auto form) {
+    using Form = decltype(form);
+    return kPoints<Form> * (args.samples * input_tiles<Form>(args).count() + 64);
+  };
+  return args.input_size[0] * args.input_size[1] > 16 && products(FourBySix{}) < products(TwoByFour{});
+}
+
+// Calls body(Form{}, S{}).
+template <class Body>
+auto dispatch_form(const ConvInputGradArgs& args, const Body& body) {
+  const auto of_dtype = [&](auto form) {
+    return args.dtype == Dtype::f64 ? body(form, double{}) : body(form, float{});
+  };
+  if (args.stride == 2) return of_dtype(StepsOfTwo{});
+  return large_tiles_are_faster(args) ? of_dtype(FourBySix{}) : of_dtype(TwoByFour{});
+}
+
 std::int64_t conv_input_grad_workspace(const ConvInputGradArgs& args) {
-  return args.dtype == Dtype::f64 ? Layout<double>(args).end : Layout<float>(args).end;
+  return dispatch_form(args, [&](auto form, auto s) { return Layout<decltype(form), decltype(s)>(args).end; });
+}
+
+std::int64_t conv_input_grad_kernels_size(const ConvInputGradArgs& args) {
+  return dispatch_form(args,
+                       [&](auto form, auto s) { return KernelsLayout<decltype(form), decltype(s)>(args).bytes(); });
+}
+
+void conv_input_grad_kernels(const ConvInputGradArgs& args) {
+  dispatch_form(args, [&](auto form, auto s) { transform_kernels<decltype(form), decltype(s)>(args); });
 }
 
 void conv_input_grad(const ConvInputGradArgs& args) {
-  if (args.dtype == Dtype::f64)
-    input_grad<double>(args);
-  else
-    input_grad<float>(args);
+  dispatch_form(args, [&](auto form, auto s) { input_grad<decltype(form), decltype(s)>(args); });
 }
 
 }  // namespace
 
 void fill_conv_input_grad(Kernels& kernels) {
   kernels.conv_input_grad_workspace = conv_input_grad_workspace;
+  kernels.conv_input_grad_kernels_size = conv_input_grad_kernels_size;
+  kernels.conv_input_grad_kernels = conv_input_grad_kernels;
   kernels.conv_input_grad = conv_input_grad;
 }
 

@@ -1,6 +1,7 @@
 // The contraction for kernels of 3 x 3 with a step of one, in Winograd's form (winograd.h): per sample 16 products over
-// the tiles of 2 x 2 places instead of 9 over all places. They go through the register tile of contraction.h, point by
-// point; then the kernel's gradient is put together, squared and added, in vectors of output channels.
+// the tiles of 2 x 2 places instead of 9 over all places, or 36 over those of 4 x 4. They go through the register tile
+// of contraction.h, point by point; then the kernel's gradient is put together, squared and added, in vectors of output
+// channels.
 #pragma once
 
 #include "cpu/conv_geometry.h"
@@ -9,9 +10,68 @@
 namespace limpet::cpu {
 namespace {
 
-// Whether tiles take less work: a sample costs 16 products a tile, and as much as some 200 to put them together and add
-// their squares, against 9 products a place (measured: 8 x 8 places gain, 7 x 7 and 6 x 6 are as fast either way). What
-// is transformed must be met by enough channels of the other side: at 32 of each with vectors of 16, tiles gain.
+// The forms of winograd.h, with `gradients` for the values of the outputs' gradients and `kernel` for the three
+// elements that the products give. `kTogether`: of how many products the work is to put a sample's kernel together and
+// to add its squares (measured).
+struct ThreeByTwo : TilesOfTwo {
+  static constexpr std::int64_t kTogether = 200;
+
+  template <class V>
+  LIMPET_FORMULA static void gradients(const V* g, V* at) {
+    const V first = times(0.5, g[0]), second = times(0.5, g[1]);
+    at[0] = g[0];
+    at[1] = first + second;
+    at[2] = first - second;
+    at[3] = g[1];
+  }
+  template <class V>
+  LIMPET_FORMULA static void kernel(const V* m, V* w) {
+    const V sum = m[1] + m[2];
+    w[0] = m[0] + sum;
+    w[1] = m[1] - m[2];
+    w[2] = sum + m[3];
+  }
+};
+
+struct ThreeByFour : TilesOfFour {
+  static constexpr std::int64_t kStripTiles = 32, kTogether = 480;
+
+  template <class V>
+  LIMPET_FORMULA static void gradients(const V* g, V* at) {
+    const V even_a = times(at_a, g[0]) + times(at_a * aa, g[2]),
+            odd_a = times(at_a * a, g[1]) + times(at_a * a * aa, g[3]);
+    const V even_b = times(at_b, g[0]) + times(at_b * bb, g[2]),
+            odd_b = times(at_b * b, g[1]) + times(at_b * b * bb, g[3]);
+    at[0] = times(at_zero, g[0]);
+    at[1] = even_a + odd_a;
+    at[2] = even_a - odd_a;
+    at[3] = even_b + odd_b;
+    at[4] = even_b - odd_b;
+    at[5] = g[3];
+  }
+  template <class V>
+  LIMPET_FORMULA static void kernel(const V* m, V* w) {
+    const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
+    w[0] = m[0] + (sum_a + sum_b);
+    w[1] = times(a, m[1] - m[2]) + times(b, m[3] - m[4]);
+    w[2] = (times(aa, sum_a) + times(bb, sum_b)) + m[5];
+  }
+};
+
+template <class Form>
+TileCounts gradient_tiles(const ConvArgs& args) {
+  return {args.output_size[0], ceil_div(args.output_size[1], Form::kOutputs),
+          ceil_div(args.output_size[2], Form::kOutputs)};
+}
+
+// The work of a sample, for a pair of channels.
+template <class Form>
+std::int64_t products(const ConvArgs& args) {
+  return kPoints<Form> * gradient_tiles<Form>(args).count() + Form::kTogether;
+}
+
+// Whether tiles take less work than 9 products a place (8 x 8 places gain, 7 x 7 and 6 x 6 are as fast either way).
+// What is transformed must be met by enough channels of the other side: at 32 of each with vectors of 16, tiles gain.
 template <class S>
 bool tiles_are_faster(const ConvArgs& args) {
   const auto is = [](const std::int64_t* v, std::int64_t a, std::int64_t b, std::int64_t c) {
@@ -21,8 +81,11 @@ bool tiles_are_faster(const ConvArgs& args) {
     return false;
   const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
   if (channels * columns < lanes<S> * (channels + columns)) return false;
-  const std::int64_t places = args.output_size[0] * args.output_size[1] * args.output_size[2];
-  return kPoints * output_tiles(args.output_size).count() + 200 < kTaps * places;
+  return products<ThreeByTwo>(args) < kTaps * args.output_size[0] * args.output_size[1] * args.output_size[2];
+}
+
+inline bool large_tiles_are_faster(const ConvArgs& args) {
+  return products<ThreeByFour>(args) < products<ThreeByTwo>(args);
 }
 
 // What a job computes is some panels of output channels for some blocks of input channels. It transforms what it needs
@@ -34,9 +97,9 @@ constexpr std::int64_t kJobPanels = 64 / kNR<S>;
 
 // Workspace: offsets of tiles | per thread: a strip with zeros around it, packed without, panels of inputs, a panel of
 // gradients, products, sums of squares.
-template <class S>
+template <class Form, class S>
 struct TilesLayout {
-  Strips strips;
+  Strips<Form> strips;
   std::int64_t blocks, panels;         // of a job, at most
   std::int64_t row_jobs, column_jobs;  // of a group
   int workers;
@@ -44,7 +107,7 @@ struct TilesLayout {
   std::int64_t offsets, threads, end;                          // in bytes
   std::int64_t packed, inputs, grads, products, sums, thread;  // in bytes; within a thread's part
 
-  explicit TilesLayout(const ConvArgs& args) : strips(output_tiles(args.output_size), args.samples) {
+  explicit TilesLayout(const ConvArgs& args) : strips(gradient_tiles<Form>(args), args.samples) {
     const auto bytes = [](std::int64_t n, std::int64_t size) { return ceil_div(n * size, 64) * 64; };
     const std::int64_t size = sizeof(S);
     blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));
@@ -54,104 +117,50 @@ struct TilesLayout {
     row_jobs =
         max_of(ceil_div(row_blocks, blocks), min_of(row_blocks, ceil_div(args.threads, args.groups * column_jobs)));
     workers = static_cast<int>(max_of(1, min_of(args.threads, args.groups * column_jobs * row_jobs)));
-    sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{strips.size(), lanes<S>}.size();
-    sample_grads = Panel<S>{strips.size(), kNR<S>}.size();
+    sample_inputs = ceil_div(blocks * kMR, lanes<S>) * Panel<S>{strips.size(), lanes<S>}.size(kPoints<Form>);
+    sample_grads = Panel<S>{strips.size(), kNR<S>}.size(kPoints<Form>);
     offsets = 0;
     threads = bytes(strips.size(), 8);
     packed = bytes(strips.rows * strips.across * lanes<S>, size);
     inputs = packed + bytes(strips.rows * strips.across * lanes<S>, size);
     grads = inputs + bytes(strips.samples * sample_inputs, size);
     products = grads + bytes(strips.samples * sample_grads, size);
-    sums = products + bytes((strips.count == 1 ? 1 : panels) * blocks * kPoints * kBlock<S>, size);
+    sums = products + bytes((strips.count == 1 ? 1 : panels) * blocks * kPoints<Form> * kBlock<S>, size);
     thread = sums + bytes(panels * blocks * kTaps * kBlock<S>, size);
     end = threads + thread * workers;
   }
 };
 
 // The gradients' values at the points.
-template <class S>
-void transform_grads(const Picture<S>& picture, const OutputTiles& tiles, std::int64_t point, std::int64_t tile,
-                     S* to) {
+template <class Form, class S>
+void transform_grads(const Picture<S>& picture, const TileCounts& tiles, std::int64_t point, std::int64_t tile, S* to) {
   using V = Vector<S>;
-  const V half = broadcast(static_cast<S>(0.5));
-  const auto line = [&](const V& g0, const V& g1, V* at) {
-    const V h0 = g0 * half, h1 = g1 * half;
-    at[0] = g0;
-    at[1] = h0 + h1;
-    at[2] = h0 - h1;
-    at[3] = g1;
-  };
-  for (std::int64_t i = 0; i < tiles.down; ++i)
-    for (std::int64_t j = 0; j < tiles.across; ++j, to += tile) {
-      V upper[4], lower[4];
-      line(load(picture.at(2 * i, 2 * j)), load(picture.at(2 * i, 2 * j + 1)), upper);
-      line(load(picture.at(2 * i + 1, 2 * j)), load(picture.at(2 * i + 1, 2 * j + 1)), lower);
-#pragma GCC unroll 4
-      for (int l = 0; l < 4; ++l) {
-        V column[4];
-        line(upper[l], lower[l], column);
-#pragma GCC unroll 4
-        for (int k = 0; k < 4; ++k) store<S>(column[k], to + (4 * k + l) * point);
-      }
-    }
+  transform_tiles<Form::kOutputs, Form::kPoints>(
+      picture, tiles, Form::kOutputs, [](const V* g, V* at) LIMPET_INLINE { Form::gradients(g, at); }, point, tile, to);
 }
 
 // Adds the squares of the kernel's gradient of one input channel and a vector of output channels.
-template <class S>
+template <class Form, class S>
 LIMPET_FORMULA void add_squares_of_kernel(const S* products, std::int64_t point, S* sums, std::int64_t tap) {
   using V = Vector<S>;
-  const auto line = [](const V& m0, const V& m1, const V& m2, const V& m3, V* to, int step) {
-    const V sum = m1 + m2;
-    to[0] = m0 + sum;
-    to[step] = m1 - m2;
-    to[2 * step] = sum + m3;
-  };
-  V half[12];  // [3, 4]
-#pragma GCC unroll 4
-  for (int l = 0; l < 4; ++l)
-    line(load(products + l * point), load(products + (4 + l) * point), load(products + (8 + l) * point),
-         load(products + (12 + l) * point), half + l, 4);
-#pragma GCC unroll 3
-  for (int k = 0; k < 3; ++k) {
-    V gradient[3];
-    line(half[4 * k], half[4 * k + 1], half[4 * k + 2], half[4 * k + 3], gradient, 1);
-#pragma GCC unroll 3
-    for (int l = 0; l < 3; ++l) {
-      V sum = load(sums + (3 * k + l) * tap);
-      math::add_square(sum, gradient[l]);
-      store<S>(sum, sums + (3 * k + l) * tap);
-    }
-  }
-}
-
-// total [columns, ...] += sums [count, width] transposed, for `columns` of the width.
-template <class S>
-void add_transposed(const S* sums, std::int64_t width, std::int64_t count, std::int64_t columns, S* total,
-                    std::int64_t stride) {
-  for (std::int64_t column = 0; column < columns; column += lanes<S>)
-    for (std::int64_t first = 0; first < count; first += lanes<S>) {
-      const std::int64_t some = min_of(lanes<S>, count - first), height = min_of(lanes<S>, columns - column);
-      Vector<S> square[lanes<S>];
-      for (std::int64_t i = 0; i < lanes<S>; ++i)
-        square[i] = load(sums + (first + min_of(i, some - 1)) * width + column);
-      transpose<S>(square);
-      for (std::int64_t c = 0; c < height; ++c) {
-        S* const to = total + (column + c) * stride + first;
-        if (some == lanes<S>)
-          store<S>(load(to) + square[c], to);
-        else
-          for (std::int64_t i = 0; i < some; ++i) to[i] += square[c][i];
-      }
-    }
+  along_both<Form::kPoints, 3, V>([&](int k, int l)
+                                      LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
+                                  [](const V* m, V* w) LIMPET_INLINE { Form::kernel(m, w); },
+                                  [&](int k, int l, const V& gradient) LIMPET_INLINE {
+                                    S* const to = sums + (3 * k + l) * tap;
+                                    V sum = load(to);
+                                    math::add_square(sum, gradient);
+                                    store<S>(sum, to);
+                                  });
 }
 
 // One job: input channels [row0, row0 + rows) of a group with output channels [column0, column0 + columns).
-template <class Stored>
+template <class Form, class Stored>
 class TilesJob {
   using S = Compute<Stored>;
 
  public:
-  TilesJob(const ConvArgs& args, const TilesLayout<S>& layout, int worker, std::int64_t group, std::int64_t row0,
+  TilesJob(const ConvArgs& args, const TilesLayout<Form, S>& layout, int worker, std::int64_t group, std::int64_t row0,
            std::int64_t rows, std::int64_t column0, std::int64_t columns)
       : args_(args),
         layout_(layout),
@@ -165,7 +174,7 @@ class TilesJob {
 
   void run() {
     for (std::int64_t i = 0; i < panels() * blocks() * kTaps * kBlock<S>; ++i) sums()[i] = 0;
-    const Strips& strips = layout_.strips;
+    const Strips<Form>& strips = layout_.strips;
     for (std::int64_t n = 0; n < args_.samples; n += strips.samples)
       for (std::int64_t s = 0; s < strips.count; ++s)
         add_strip(n, min_of(strips.samples, args_.samples - n), s, s + 1 == strips.count);
@@ -184,63 +193,64 @@ class TilesJob {
   // Strip s of some samples, the last of theirs or not.
   void add_strip(std::int64_t n0, std::int64_t samples, std::int64_t s, bool last) {
     const std::int64_t frame = layout_.strips.frame(s), down = layout_.strips.down(s);
-    const OutputTiles strip = layout_.strips[s];
+    const TileCounts strip = layout_.strips[s];
     const Panel<S> panel{strip.count(), lanes<S>};
     std::int64_t row_offsets[kRowBlocks * kMR];
     for (std::int64_t i = 0; i < blocks() * kMR; ++i) {
       const std::int64_t c = min_of(i, rows_ - 1);
-      row_offsets[i] = c / lanes<S> * panel.size() + c % lanes<S>;
+      row_offsets[i] = c / lanes<S> * panel.size(kPoints<Form>) + c % lanes<S>;
     }
     for (std::int64_t n = 0; n < samples; ++n) transform_inputs_of(n0 + n, frame, down, strip, n);
 
     // With few tiles a block's products and sums stay in the first cache, with many a point's gradients.
-    const bool few = layout_.strips.count == 1 && 2 * strip.count() <= kStripTiles;
+    const bool few = layout_.strips.count == 1 && strip.count() <= 32;
     const std::int64_t together = few ? kMR : rows_;
     for (std::int64_t q = 0; q < panels(); ++q) {
-      const int vectors = panel_vectors<S>(columns_, q * kNR<S>);
       for (std::int64_t n = 0; n < samples; ++n) transform_grads_of(n0 + n, frame, down, strip, q, n);
       for (std::int64_t row = 0; row < rows_; row += together)
         for (std::int64_t n = 0; n < samples; ++n) {
           PointProducts<S> p;
+          p.points = kPoints<Form>;
           p.rows = inputs() + n * layout_.sample_inputs;
           p.row_point = panel.point();
           p.row_run = 0;
           p.row_offsets = row_offsets + row;
           p.place_offsets = reinterpret_cast<std::int64_t*>(static_cast<char*>(args_.workspace) + layout_.offsets);
           p.columns = grads() + n * layout_.sample_grads;
-          p.column_point = Panel<S>{strip.count(), vectors * lanes<S>}.point();
+          p.column_panel = 0;
           p.num_rows = min_of(together, rows_ - row);
+          p.num_columns = min_of(kNR<S>, columns_ - q * kNR<S>);
           p.places = p.run = strip.count();
-          p.vectors = vectors;
           p.add = s > 0;
           p.products = reinterpret_cast<S*>(scratch_ + layout_.products) +
-                       (layout_.strips.count == 1 ? 0 : q * blocks() * kPoints * kBlock<S>);
+                       (layout_.strips.count == 1 ? 0 : q * blocks() * kPoints<Form> * kBlock<S>);
           multiply(p);
           if (last) add_squares(p, sums() + (q * blocks() * kMR + row) * kTaps * kNR<S>);
         }
     }
   }
 
-  void transform_inputs_of(std::int64_t n, std::int64_t frame, std::int64_t down, const OutputTiles& strip,
+  void transform_inputs_of(std::int64_t n, std::int64_t frame, std::int64_t down, const TileCounts& strip,
                            std::int64_t slot) {
     const std::int64_t* const strides = args_.input_strides;
     const Panel<S> panel{strip.count(), lanes<S>};
     for (std::int64_t c = 0; c < rows_; c += lanes<S>)
-      transform_picture<S>(picture(args_.input, n, first_channel_ + c, frame, args_.input_size, strides,
-                                   min_of(lanes<S>, rows_ - c), args_.padding[1] - 2 * down, args_.padding[2]),
-                           strip, panel.point(), lanes<S>,
-                           inputs() + slot * layout_.sample_inputs + c / lanes<S> * panel.size());
+      transform_picture<Form>(
+          picture(args_.input, n, first_channel_ + c, frame, args_.input_size, strides, min_of(lanes<S>, rows_ - c),
+                  args_.padding[1] - Form::kOutputs * down, args_.padding[2]),
+          strip, panel.point(), lanes<S>,
+          inputs() + slot * layout_.sample_inputs + c / lanes<S> * panel.size(kPoints<Form>));
   }
 
-  void transform_grads_of(std::int64_t n, std::int64_t frame, std::int64_t down, const OutputTiles& strip,
+  void transform_grads_of(std::int64_t n, std::int64_t frame, std::int64_t down, const TileCounts& strip,
                           std::int64_t q, std::int64_t slot) {
     const std::int64_t* const strides = args_.output_grad_strides;
     const std::int64_t end = min_of(columns_, (q + 1) * kNR<S>);
     const Panel<S> panel{strip.count(), panel_vectors<S>(columns_, q * kNR<S>) * lanes<S>};
     for (std::int64_t c = q * kNR<S>; c < end; c += lanes<S>)
-      transform_grads<S>(picture(args_.output_grad, n, first_column_ + c, frame, args_.output_size, strides,
-                                 min_of(lanes<S>, end - c), -2 * down, 0),
-                         strip, panel.point(), panel.width, grads() + slot * layout_.sample_grads + c % kNR<S>);
+      transform_grads<Form>(picture(args_.output_grad, n, first_column_ + c, frame, args_.output_size, strides,
+                                    min_of(lanes<S>, end - c), -Form::kOutputs * down, 0),
+                            strip, panel.point(), panel.width, grads() + slot * layout_.sample_grads + c % kNR<S>);
   }
 
   // `count` channels of one sample's frame, from its first place that belongs at [row0, column0] on.
@@ -257,37 +267,37 @@ class TilesJob {
   // sums: [row, tap, column]
   void add_squares(const PointProducts<S>& p, S* sums) const {
     for (std::int64_t row = 0; row < p.num_rows; ++row)
-      for (int v = 0; v < p.vectors; ++v)
-        add_squares_of_kernel(p.products + row * kNR<S> + v * lanes<S>, p.blocks() * kBlock<S>,
-                              sums + row * kTaps * kNR<S> + v * lanes<S>, kNR<S>);
+      for (int v = 0; v < panel_vectors<S>(p.num_columns, 0); ++v)
+        add_squares_of_kernel<Form>(p.products + row * kNR<S> + v * lanes<S>, p.point(),
+                                    sums + row * kTaps * kNR<S> + v * lanes<S>, kNR<S>);
   }
 
   const ConvArgs& args_;
-  const TilesLayout<S>& layout_;
+  const TilesLayout<Form, S>& layout_;
   const std::int64_t channels_;  // of the group
   const std::int64_t rows_, columns_, first_channel_, first_column_;
   S* const total_;
   char* const scratch_;
 };
 
-template <class Stored>
+template <class Form, class Stored>
 void contract_tiles(const ConvArgs& args) {
   using S = Compute<Stored>;
-  const TilesLayout<S> layout(args);
+  const TilesLayout<Form, S> layout(args);
   const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
   const std::int64_t tiles = layout.strips.tiles.count();
   std::int64_t* const offsets = reinterpret_cast<std::int64_t*>(static_cast<char*>(args.workspace) + layout.offsets);
   for (std::int64_t t = 0; t < layout.strips.size(); ++t) offsets[t] = t * lanes<S>;
 
-  const int threads = worthwhile(layout.workers, args.samples * kPoints * tiles * channels * args.out_channels);
+  const int threads = worthwhile(layout.workers, args.samples * kPoints<Form> * tiles * channels * args.out_channels);
   const std::int64_t row_jobs = layout.row_jobs, column_jobs = layout.column_jobs;
   const std::int64_t blocks = ceil_div(channels, kMR), panels = ceil_div(columns, kNR<S>);
   parallel_for(threads, args.groups * column_jobs * row_jobs, [&](std::int64_t job, int worker) {
     const std::int64_t part = job % row_jobs, q = job / row_jobs % column_jobs, group = job / row_jobs / column_jobs;
     const std::int64_t row0 = blocks * part / row_jobs * kMR, row1 = blocks * (part + 1) / row_jobs * kMR;
     const std::int64_t column0 = panels * q / column_jobs * kNR<S>, column1 = panels * (q + 1) / column_jobs * kNR<S>;
-    TilesJob<Stored>(args, layout, worker, group, row0, min_of(row1, channels) - row0, column0,
-                     min_of(column1, columns) - column0)
+    TilesJob<Form, Stored>(args, layout, worker, group, row0, min_of(row1, channels) - row0, column0,
+                           min_of(column1, columns) - column0)
         .run();
   });
 }

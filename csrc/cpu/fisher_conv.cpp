@@ -3,6 +3,7 @@
 
 #include "cpu/conv_geometry.h"
 #include "cpu/conv_groups.h"
+#include "cpu/conv_taps.h"
 #include "cpu/conv_winograd.h"
 
 namespace limpet::cpu::LIMPET_LEVEL {
@@ -59,25 +60,6 @@ void pad(const ConvArgs& args, const Shape& shape, const Stored* from, S* to) {
     }
 }
 
-// [places, width] from a panel's channels, `count` of them; places are numbered through the three output dimensions.
-template <class Stored, class S>
-void pack_columns(const ConvArgs& args, const Stored* from, std::int64_t place0, std::int64_t places,
-                  std::int64_t count, std::int64_t width, S* to) {
-  const std::int64_t step = args.output_grad_strides[1];
-  const std::int64_t* const strides = args.output_grad_strides + 2;
-  const std::int64_t y2_size = args.output_size[2], y1_size = args.output_size[1];
-  // The stride of a dimension of one is arbitrary: those that a picture lacks have zero.
-  const bool lines = y1_size == 1 || strides[1] == strides[2] * y2_size;
-  const bool flat = lines && (args.output_size[0] == 1 || strides[0] == strides[1] * y1_size);
-  for (std::int64_t t = 0; t < places;) {  // a line of the output at a time, or all where one follows the other
-    const std::int64_t place = place0 + t, y2 = place % y2_size, y1 = place / y2_size % y1_size;
-    const std::int64_t run = flat ? places : min_of(y2_size - y2, places - t);
-    const Stored* const line = from + place / y2_size / y1_size * strides[0] + y1 * strides[1] + y2 * strides[2];
-    pack(line, step, strides[2], run, count, width, false, to + t * width);
-    t += run;
-  }
-}
-
 template <class Stored>
 void contract(const ConvArgs& args) {
   using S = Compute<Stored>;
@@ -120,11 +102,11 @@ void contract(const ConvArgs& args) {
           for (std::int64_t p = 0; p < panels; ++p) {
             const std::int64_t first = p * kNR<S>, places = places_of(segment);
             const std::int64_t width = panel_vectors<S>(shape.columns, first) * lanes<S>;
-            pack_columns(
-                args, d + n * args.output_grad_strides[0] + (g * shape.columns + first) * args.output_grad_strides[1],
-                segment * chunks.segment, places, min_of(width, shape.columns - first), width,
-                panels_of(chunk, segment, g) + panel_offset<S>(p, samples_of(chunk) * places) +
-                    within * places * width);
+            pack_places(d + n * args.output_grad_strides[0] + (g * shape.columns + first) * args.output_grad_strides[1],
+                        args.output_size, args.output_grad_strides + 1, segment * chunks.segment, places,
+                        min_of(width, shape.columns - first), width,
+                        panels_of(chunk, segment, g) + panel_offset<S>(p, samples_of(chunk) * places) +
+                            within * places * width);
           }
     });
 
@@ -173,21 +155,28 @@ void contract(const ConvArgs& args) {
 template <class S>
 std::int64_t workspace_bytes(const ConvArgs& args) {
   if (lanes_are_groups<S>(args)) return GroupsLayout<S>(args, ConvGeometry(args)).end;
-  if (tiles_are_faster<S>(args)) return TilesLayout<S>(args).end;
+  if (tiles_are_faster<S>(args))
+    return large_tiles_are_faster(args) ? TilesLayout<ThreeByFour, S>(args).end : TilesLayout<ThreeByTwo, S>(args).end;
+  if (taps_are_faster(args)) return TapsLayout<S>(args, ConvGeometry(args)).end;
   return Layout<S>(args, Shape(args)).end;
 }
 
-std::int64_t conv_workspace(const ConvArgs& args) {
+std::int64_t conv_workspace(const ConvArgs& given) {
+  const ConvArgs args = without_steps(given);
   return args.dtype == Dtype::f64 ? workspace_bytes<double>(args) : workspace_bytes<float>(args);
 }
 
-void sum_grad_squared_conv(const ConvArgs& args) {
+void sum_grad_squared_conv(const ConvArgs& given) {
+  const ConvArgs args = without_steps(given);
   dispatch(args.dtype, [&](auto stored) {
     using Stored = decltype(stored);
     if (lanes_are_groups<Compute<Stored>>(args))
       contract_groups<Stored>(args);
     else if (tiles_are_faster<Compute<Stored>>(args))
-      contract_tiles<Stored>(args);
+      large_tiles_are_faster(args) ? contract_tiles<ThreeByFour, Stored>(args)
+                                   : contract_tiles<ThreeByTwo, Stored>(args);
+    else if (taps_are_faster(args))
+      TapsContraction<Stored>(args).run();
     else
       contract<Stored>(args);
   });

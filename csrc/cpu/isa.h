@@ -39,13 +39,15 @@ struct ConvArgs {
   int threads;
 };
 
-// A convolution of pictures with a kernel of 3 x 3 and a step of one; all tensors are contiguous, float32 or float64.
+// A convolution of pictures with a kernel of 3 x 3, a step of one and a padding of at most 2, or a step of two and a
+// padding of 1; all tensors are contiguous, float32 or float64.
 struct ConvInputGradArgs {
-  void* input_grad;         // [N, C, Y0 + 2 - 2 P0, Y1 + 2 - 2 P1]; written
+  void* input_grad;         // [N, C, X0, X1]; written
   const void* output_grad;  // [N, O, Y0, Y1]
   const void* weight;       // [O, C, 3, 3]
+  void* kernels;            // conv_input_grad_kernels_size() bytes: the weight's values as the products need them
   std::int64_t samples, out_channels, in_channels;
-  std::int64_t output_size[2], padding[2];  // padding at most 2
+  std::int64_t output_size[2], input_size[2], padding[2], stride;
   Dtype dtype;
   void* workspace;  // conv_input_grad_workspace() bytes
   int threads;
@@ -110,7 +112,9 @@ struct Kernels {
   std::int64_t (*conv_workspace)(const ConvArgs&);
   void (*sum_grad_squared_conv)(const ConvArgs&);
   std::int64_t (*conv_input_grad_workspace)(const ConvInputGradArgs&);
-  void (*conv_input_grad)(const ConvInputGradArgs&);
+  std::int64_t (*conv_input_grad_kernels_size)(const ConvInputGradArgs&);
+  void (*conv_input_grad_kernels)(const ConvInputGradArgs&);  // from the weight
+  void (*conv_input_grad)(const ConvInputGradArgs&);          // from the kernels
   void (*sum_grad_squared_channel)(const ChannelArgs&);
   void (*sum_grad_squared_norm)(const NormArgs&);
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);

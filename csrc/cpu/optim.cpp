@@ -69,7 +69,7 @@ struct AdamWRule {
   LIMPET_FORMULA V operator()(const V& theta, const V& grad, const Streams<Theta>& at, std::int64_t i) const {
     V first = load(at.first + i), second = load(at.second + i), largest = {};
     if constexpr (amsgrad) largest = load(at.largest + i);
-    const auto root = [](const V& x) __attribute__((always_inline)) { return square_root(x); };
+    const auto root = [](const V& x) LIMPET_INLINE { return square_root(x); };
     const V next = math::adamw_step<amsgrad>(theta, grad, first, second, largest, with, root);
     store(first, at.first + i);
     store(second, at.second + i);

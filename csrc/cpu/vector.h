@@ -23,6 +23,9 @@
 #define LIMPET_VECTOR_BYTES 16
 #endif
 
+// For lambdas of inner loops, which compilers may leave out of line.
+#define LIMPET_INLINE __attribute__((always_inline))
+
 namespace limpet::cpu {
 namespace {
 

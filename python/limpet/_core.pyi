@@ -138,16 +138,39 @@ def sum_grad_squared_conv(
     threads: int,
     /,
 ) -> None: ...
-def conv_input_grad_workspace(sizes: Sizes, output_size: Sizes, padding: Sizes, dtype: int, threads: int, /) -> int: ...
-def conv_input_grad(
-    input_grad: int,
-    output_grad: int,
+def conv_input_grad_sizes(
+    sizes: Sizes,
+    output_size: Sizes,
+    input_size: Sizes,
+    padding: Sizes,
+    stride: int,
+    dtype: int,
+    threads: int,
+    /,
+) -> tuple[int, int]: ...
+def conv_input_grad_kernels(
+    kernels: int,
     weight: int,
     sizes: Sizes,
     output_size: Sizes,
+    input_size: Sizes,
     padding: Sizes,
+    stride: int,
     dtype: int,
+    threads: int,
+    /,
+) -> None: ...
+def conv_input_grad(
+    input_grad: int,
+    output_grad: int,
+    kernels: int,
     workspace: int,
+    sizes: Sizes,
+    output_size: Sizes,
+    input_size: Sizes,
+    padding: Sizes,
+    stride: int,
+    dtype: int,
     threads: int,
     /,
 ) -> None: ...
