@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import statistics
 import time
@@ -61,6 +62,7 @@ def ratios(seconds: dict[str, list[float]], name: str, against: str, scale: floa
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """The most memory that torch's CPU allocator held during a call, beyond what it held before."""
+    gc.collect()  # what an earlier call left would be counted as given back
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
