@@ -83,6 +83,13 @@ def test_kernels_at_hand(samples, stride):
     assert torch.equal(conv_input_grad(d, w, (16, 16), stride, ONE, kernels), want)
 
 
+def test_kernels_of_other_shapes():
+    w = torch.randn(20, 24, 3, 3)
+    small, large = (torch.randn(samples, 20, 16, 16) for samples in (1, 9))
+    with pytest.raises(ValueError, match="made for these shapes"):
+        conv_input_grad(large, w, (16, 16), ONE, ONE, conv_input_grad_kernels(small, w, (16, 16), ONE, ONE))
+
+
 @pytest.mark.parametrize(("samples", "size", "stride"), [(1, (18, 11), ONE), (30, (18, 11), ONE), (7, (9, 6), TWO)])
 def test_threads_do_not_change_a_bit(samples, size, stride):
     w, d = torch.randn(40, 70, 3, 3), torch.randn(samples, 40, *size)

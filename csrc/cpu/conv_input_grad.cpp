@@ -10,57 +10,10 @@ namespace {
 // Output channels at a time, so that a point's operands stay in the first cache.
 constexpr std::int64_t kSegmentChannels = 64;
 
-// In one dimension, with the gradients d0, d1, ... at outputs and the kernel w0, w1, w2, the gradient at input i is the
-// sum of w_k d_(i - k + padding). The forms below are those of winograd.h, with `kernel` for the kernel's values and
-// `outputs` for what the products give; `origin`: where in the first tile's window the first gradient lies.
-struct TwoByFour : TilesOfTwo {
-  static std::int64_t origin(std::int64_t padding) { return 2 - padding; }
-
-  template <class V>
-  LIMPET_FORMULA static void kernel(const V* w, V* at) {
-    const V outer = times(0.5, w[2] + w[0]), middle = times(0.5, w[1]);
-    at[0] = w[2];
-    at[1] = outer + middle;
-    at[2] = outer - middle;
-    at[3] = w[0];
-  }
-  template <class V>
-  LIMPET_FORMULA static void outputs(const V* m, V* y) {
-    y[0] = m[0] + (m[1] + m[2]);
-    y[1] = (m[1] - m[2]) + m[3];
-  }
-};
-
-struct FourBySix : TilesOfFour {
-  static std::int64_t origin(std::int64_t padding) { return 2 - padding; }
-
-  template <class V>
-  LIMPET_FORMULA static void kernel(const V* w, V* at) {
-    const V even_a = times(at_a, w[2]) + times(at_a * aa, w[0]), odd_a = times(at_a * a, w[1]);
-    const V even_b = times(at_b, w[2]) + times(at_b * bb, w[0]), odd_b = times(at_b * b, w[1]);
-    at[0] = times(at_zero, w[2]);
-    at[1] = even_a + odd_a;
-    at[2] = even_a - odd_a;
-    at[3] = even_b + odd_b;
-    at[4] = even_b - odd_b;
-    at[5] = w[0];
-  }
-  template <class V>
-  LIMPET_FORMULA static void outputs(const V* m, V* y) {
-    const V sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
-    y[0] = m[0] + (sum_a + sum_b);
-    y[1] = times(a, difference_a) + times(b, difference_b);
-    y[2] = times(aa, sum_a) + times(bb, sum_b);
-    y[3] = (times(a * aa, difference_a) + times(b * bb, difference_b)) + m[5];
-  }
-};
-
-// A step of two and a padding of one: of four inputs the first and the third see w1 alone, the others w0 and w2, which
-// are F(2, 2): 25 products instead of 36.
+// A step of two and a padding of one: of four inputs the first and the third see the kernel's middle element alone, the
+// others the outer ones, which are F(2, 2): 25 products instead of 36.
 struct StepsOfTwo {
   static constexpr int kWindow = 3, kStep = 2, kPoints = 5, kOutputs = 4;
-  static constexpr std::int64_t kStripTiles = 42;
-  static std::int64_t origin(std::int64_t) { return 0; }
 
   template <class V>
   LIMPET_FORMULA static void inputs(const V* d, V* at) {
@@ -70,22 +23,28 @@ struct StepsOfTwo {
     at[3] = d[0];
     at[4] = d[1];
   }
-  template <class V>
-  LIMPET_FORMULA static void kernel(const V* w, V* at) {
-    at[0] = w[2];
-    at[1] = w[0] + w[2];
-    at[2] = w[0];
-    at[3] = w[1];
-    at[4] = w[1];
+  template <int count, class V>
+  LIMPET_FORMULA static void factor(const V* c, V* at) {
+    at[0] = c[0];
+    at[1] = c[0] + c[2];
+    at[2] = c[2];
+    at[3] = c[1];
+    at[4] = c[1];
   }
-  template <class V>
-  LIMPET_FORMULA static void outputs(const V* m, V* y) {
+  template <int count, class V>
+  LIMPET_FORMULA static void sums(const V* m, V* y) {
     y[0] = m[3];
     y[1] = m[0] + m[1];
     y[2] = m[4];
     y[3] = m[1] + m[2];
   }
 };
+
+// Tiles of a strip (measured).
+template <class Form>
+constexpr std::int64_t kStripTiles = Form::kPoints == 4   ? 64
+                                     : Form::kPoints == 6 ? 48
+                                                          : 42;
 
 template <class Form>
 TileCounts input_tiles(const ConvInputGradArgs& args) {
@@ -116,7 +75,7 @@ struct Layout {
   std::int64_t sample_values;                                            // transformed, of a strip
   std::int64_t packed, values, products, out, row_offsets, thread, end;  // in bytes
 
-  explicit Layout(const ConvInputGradArgs& args) : strips(input_tiles<Form>(args), args.samples) {
+  explicit Layout(const ConvInputGradArgs& args) : strips(input_tiles<Form>(args), args.samples, kStripTiles<Form>) {
     const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
     if (strips.count == 1) {  // all threads have as many samples
       const std::int64_t threads = max_of(1, args.threads), rounds = ceil_div(args.samples, strips.samples * threads);
@@ -137,15 +96,15 @@ struct Layout {
   }
 };
 
-// The kernels' values at the points, of one output channel and a vector of input channels.
+// The kernels' values at the points, turned round, of one output channel and a vector of input channels.
 template <class Form, class S>
 void transform_kernel(const S* weight, std::int64_t count, std::int64_t point, S* to) {
   using V = Vector<S>;
   constexpr int points = Form::kPoints;
   alignas(64) S taps[kTaps * lanes<S>];
   pack(weight, kTaps, 1, kTaps, count, lanes<S>, false, taps);
-  along_both<3, points, V>([&](int k, int l) LIMPET_INLINE { return load(taps + (3 * k + l) * lanes<S>); },
-                           [](const V* w, V* at) LIMPET_INLINE { Form::kernel(w, at); },
+  along_both<3, points, V>([&](int k, int l) LIMPET_INLINE { return load(taps + (8 - 3 * k - l) * lanes<S>); },
+                           [](const V* w, V* at) LIMPET_INLINE { Form::template factor<3>(w, at); },
                            [&](int k, int l, const V& value)
                                LIMPET_INLINE { store<S>(value, to + (points * k + l) * point); });
 }
@@ -175,12 +134,12 @@ void outputs_of_strip(const S* products, std::int64_t point, const TileCounts& s
     for (std::int64_t j = 0; j < strip.across; ++j, products += kNR<S>) {
       const std::int64_t rows = height - size * i, columns = width - size * j;
       S* const at = to + (size * i * width + size * j) * lanes<S>;
-      along_both<Form::kPoints, size, V>([&](int k, int l)
-                                             LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
-                                         [](const V* m, V* y) LIMPET_INLINE { Form::outputs(m, y); },
-                                         [&](int k, int l, const V& y) LIMPET_INLINE {
-                                           if (k < rows && l < columns) store<S>(y, at + (k * width + l) * lanes<S>);
-                                         });
+      along_both<Form::kPoints, size, V>(
+          [&](int k, int l) LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
+          [](const V* m, V* y) LIMPET_INLINE { Form::template sums<Form::kOutputs>(m, y); },
+          [&](int k, int l, const V& y) LIMPET_INLINE {
+            if (k < rows && l < columns) store<S>(y, at + (k * width + l) * lanes<S>);
+          });
     }
 }
 
@@ -227,11 +186,13 @@ void input_grad(const ConvInputGradArgs& args) {
 
     const std::int64_t picture_size = args.output_size[0] * args.output_size[1];
     const std::int64_t strides[2] = {args.output_size[1], 1};
+    // Where in the first tile's window the first gradient lies.
+    const auto origin = [&](int dim) { return args.stride == 2 ? 0 : 2 - args.padding[dim]; };
     for (std::int64_t n = 0; n < samples; ++n)
       for (std::int64_t o = 0; o < out_channels; o += lanes<S>) {
         picture.fill(static_cast<const S*>(args.output_grad) + ((n0 + n) * out_channels + o) * picture_size,
                      picture_size, args.output_size, strides, min_of(lanes<S>, out_channels - o),
-                     Form::origin(args.padding[0]) - Form::kStep * down, Form::origin(args.padding[1]), packed);
+                     origin(0) - Form::kStep * down, origin(1), packed);
         transform_picture<Form>(picture, strip, value_panel.point(), lanes<S>,
                                 values + n * layout.sample_values + o / lanes<S> * value_panel_size);
       }
@@ -274,14 +235,13 @@ void input_grad(const ConvInputGradArgs& args) {
   });
 }
 
-// Whether tiles of 4 x 4 places take less than those of 2 x 2; forming the kernels' values takes as long as 64 tiles
-// do.
+// Whether tiles of 4 x 4 places take less than those of 2 x 2; forming the kernels' values takes as long as 64 tiles.
 bool large_tiles_are_faster(const ConvInputGradArgs& args) {
   const auto products = [&](auto form) {
     using Form = decltype(form);
     return kPoints<Form> * (args.samples * input_tiles<Form>(args).count() + 64);
   };
-  return args.input_size[0] * args.input_size[1] > 16 && products(FourBySix{}) < products(TwoByFour{});
+  return args.input_size[0] * args.input_size[1] > 16 && products(TilesOfFour{}) < products(TilesOfTwo{});
 }
 
 // Calls body(Form{}, S{}).
@@ -291,7 +251,7 @@ auto dispatch_form(const ConvInputGradArgs& args, const Body& body) {
     return args.dtype == Dtype::f64 ? body(form, double{}) : body(form, float{});
   };
   if (args.stride == 2) return of_dtype(StepsOfTwo{});
-  return large_tiles_are_faster(args) ? of_dtype(FourBySix{}) : of_dtype(TwoByFour{});
+  return large_tiles_are_faster(args) ? of_dtype(TilesOfFour{}) : of_dtype(TilesOfTwo{});
 }
 
 std::int64_t conv_input_grad_workspace(const ConvInputGradArgs& args) {

@@ -10,53 +10,12 @@
 namespace limpet::cpu {
 namespace {
 
-// The forms of winograd.h, with `gradients` for the values of the outputs' gradients and `kernel` for the three
-// elements that the products give. `kTogether`: of how many products the work is to put a sample's kernel together and
-// to add its squares (measured).
-struct ThreeByTwo : TilesOfTwo {
-  static constexpr std::int64_t kTogether = 200;
-
-  template <class V>
-  LIMPET_FORMULA static void gradients(const V* g, V* at) {
-    const V first = times(0.5, g[0]), second = times(0.5, g[1]);
-    at[0] = g[0];
-    at[1] = first + second;
-    at[2] = first - second;
-    at[3] = g[1];
-  }
-  template <class V>
-  LIMPET_FORMULA static void kernel(const V* m, V* w) {
-    const V sum = m[1] + m[2];
-    w[0] = m[0] + sum;
-    w[1] = m[1] - m[2];
-    w[2] = sum + m[3];
-  }
-};
-
-struct ThreeByFour : TilesOfFour {
-  static constexpr std::int64_t kStripTiles = 32, kTogether = 480;
-
-  template <class V>
-  LIMPET_FORMULA static void gradients(const V* g, V* at) {
-    const V even_a = times(at_a, g[0]) + times(at_a * aa, g[2]),
-            odd_a = times(at_a * a, g[1]) + times(at_a * a * aa, g[3]);
-    const V even_b = times(at_b, g[0]) + times(at_b * bb, g[2]),
-            odd_b = times(at_b * b, g[1]) + times(at_b * b * bb, g[3]);
-    at[0] = times(at_zero, g[0]);
-    at[1] = even_a + odd_a;
-    at[2] = even_a - odd_a;
-    at[3] = even_b + odd_b;
-    at[4] = even_b - odd_b;
-    at[5] = g[3];
-  }
-  template <class V>
-  LIMPET_FORMULA static void kernel(const V* m, V* w) {
-    const V sum_a = m[1] + m[2], sum_b = m[3] + m[4];
-    w[0] = m[0] + (sum_a + sum_b);
-    w[1] = times(a, m[1] - m[2]) + times(b, m[3] - m[4]);
-    w[2] = (times(aa, sum_a) + times(bb, sum_b)) + m[5];
-  }
-};
+// Tiles of a strip.
+template <class Form>
+constexpr std::int64_t kStripTiles = Form::kPoints == 4 ? 64 : 32;
+// Of how many products the work is to put a sample's kernel together and to add its squares (measured).
+template <class Form>
+constexpr std::int64_t kTogether = Form::kPoints == 4 ? 200 : 480;
 
 template <class Form>
 TileCounts gradient_tiles(const ConvArgs& args) {
@@ -67,7 +26,7 @@ TileCounts gradient_tiles(const ConvArgs& args) {
 // The work of a sample, for a pair of channels.
 template <class Form>
 std::int64_t products(const ConvArgs& args) {
-  return kPoints<Form> * gradient_tiles<Form>(args).count() + Form::kTogether;
+  return kPoints<Form> * gradient_tiles<Form>(args).count() + kTogether<Form>;
 }
 
 // Whether tiles take less work than 9 products a place (8 x 8 places gain, 7 x 7 and 6 x 6 are as fast either way).
@@ -81,11 +40,11 @@ bool tiles_are_faster(const ConvArgs& args) {
     return false;
   const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
   if (channels * columns < lanes<S> * (channels + columns)) return false;
-  return products<ThreeByTwo>(args) < kTaps * args.output_size[0] * args.output_size[1] * args.output_size[2];
+  return products<TilesOfTwo>(args) < kTaps * args.output_size[0] * args.output_size[1] * args.output_size[2];
 }
 
 inline bool large_tiles_are_faster(const ConvArgs& args) {
-  return products<ThreeByFour>(args) < products<ThreeByTwo>(args);
+  return products<TilesOfFour>(args) < products<TilesOfTwo>(args);
 }
 
 // What a job computes is some panels of output channels for some blocks of input channels. It transforms what it needs
@@ -107,7 +66,7 @@ struct TilesLayout {
   std::int64_t offsets, threads, end;                          // in bytes
   std::int64_t packed, inputs, grads, products, sums, thread;  // in bytes; within a thread's part
 
-  explicit TilesLayout(const ConvArgs& args) : strips(gradient_tiles<Form>(args), args.samples) {
+  explicit TilesLayout(const ConvArgs& args) : strips(gradient_tiles<Form>(args), args.samples, kStripTiles<Form>) {
     const auto bytes = [](std::int64_t n, std::int64_t size) { return ceil_div(n * size, 64) * 64; };
     const std::int64_t size = sizeof(S);
     blocks = min_of(kRowBlocks, ceil_div(args.in_channels / args.groups, kMR));
@@ -136,7 +95,8 @@ template <class Form, class S>
 void transform_grads(const Picture<S>& picture, const TileCounts& tiles, std::int64_t point, std::int64_t tile, S* to) {
   using V = Vector<S>;
   transform_tiles<Form::kOutputs, Form::kPoints>(
-      picture, tiles, Form::kOutputs, [](const V* g, V* at) LIMPET_INLINE { Form::gradients(g, at); }, point, tile, to);
+      picture, tiles, Form::kOutputs,
+      [](const V* g, V* at) LIMPET_INLINE { Form::template factor<Form::kOutputs>(g, at); }, point, tile, to);
 }
 
 // Adds the squares of the kernel's gradient of one input channel and a vector of output channels.
@@ -145,7 +105,7 @@ LIMPET_FORMULA void add_squares_of_kernel(const S* products, std::int64_t point,
   using V = Vector<S>;
   along_both<Form::kPoints, 3, V>([&](int k, int l)
                                       LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
-                                  [](const V* m, V* w) LIMPET_INLINE { Form::kernel(m, w); },
+                                  [](const V* m, V* w) LIMPET_INLINE { Form::template sums<3>(m, w); },
                                   [&](int k, int l, const V& gradient) LIMPET_INLINE {
                                     S* const to = sums + (3 * k + l) * tap;
                                     V sum = load(to);

@@ -156,7 +156,7 @@ template <class S>
 std::int64_t workspace_bytes(const ConvArgs& args) {
   if (lanes_are_groups<S>(args)) return GroupsLayout<S>(args, ConvGeometry(args)).end;
   if (tiles_are_faster<S>(args))
-    return large_tiles_are_faster(args) ? TilesLayout<ThreeByFour, S>(args).end : TilesLayout<ThreeByTwo, S>(args).end;
+    return large_tiles_are_faster(args) ? TilesLayout<TilesOfFour, S>(args).end : TilesLayout<TilesOfTwo, S>(args).end;
   if (taps_are_faster(args)) return TapsLayout<S>(args, ConvGeometry(args)).end;
   return Layout<S>(args, Shape(args)).end;
 }
@@ -173,8 +173,8 @@ void sum_grad_squared_conv(const ConvArgs& given) {
     if (lanes_are_groups<Compute<Stored>>(args))
       contract_groups<Stored>(args);
     else if (tiles_are_faster<Compute<Stored>>(args))
-      large_tiles_are_faster(args) ? contract_tiles<ThreeByFour, Stored>(args)
-                                   : contract_tiles<ThreeByTwo, Stored>(args);
+      large_tiles_are_faster(args) ? contract_tiles<TilesOfFour, Stored>(args)
+                                   : contract_tiles<TilesOfTwo, Stored>(args);
     else if (taps_are_faster(args))
       TapsContraction<Stored>(args).run();
     else

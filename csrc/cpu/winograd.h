@@ -22,13 +22,13 @@ LIMPET_FORMULA V times(double factor, const V& v) {
 }
 
 // A form of tiles, in one dimension: of a picture, each of `kOutputs` outputs and seen through `kWindow` inputs, which
-// begin `kStep` further on for the next one. `inputs` gives the values that are multiplied. A strip of a picture has
-// `kStripTiles`, or a row of them.
+// begin `kStep` further on for the next one. What is multiplied at the points: `inputs`' values, and those of the other
+// factor with its `count` elements, the kernel turned round or the outputs' gradients. `sums` gives of the products the
+// `count` elements of the result, the outputs or the kernel's gradient.
 //
 // Two outputs by four products, F(2, 3), with the points 0, 1, -1 and infinity.
 struct TilesOfTwo {
   static constexpr int kWindow = 4, kStep = 2, kPoints = 4, kOutputs = 2;
-  static constexpr std::int64_t kStripTiles = 64;
 
   template <class V>
   LIMPET_FORMULA static void inputs(const V* d, V* at) {
@@ -37,6 +37,22 @@ struct TilesOfTwo {
     at[2] = d[2] - d[1];
     at[3] = d[3] - d[1];
   }
+  template <int count, class V>
+  LIMPET_FORMULA static void factor(const V* c, V* at) {
+    const V even = times(0.5, count == 3 ? c[0] + c[count - 1] : c[0]), odd = times(0.5, c[1]);
+    at[0] = c[0];
+    at[1] = even + odd;
+    at[2] = even - odd;
+    at[3] = c[count - 1];
+  }
+  template <int count, class V>
+  LIMPET_FORMULA static void sums(const V* m, V* y) {
+    const V sum = m[1] + m[2];
+    y[0] = m[0] + sum;
+    y[1] = m[1] - m[2];
+    if (count == 3) y[count - 1] = sum;
+    y[count - 1] += m[3];
+  }
 };
 
 // Four outputs by six products, F(4, 3), with the points 0, a, -a, b, -b and infinity. With a = 5/8 and b = 3/2 the
@@ -44,10 +60,7 @@ struct TilesOfTwo {
 // the usual 1 and 2, and is 0.4e-6 for a direct convolution that adds up 64 channels.
 struct TilesOfFour {
   static constexpr int kWindow = 6, kStep = 4, kPoints = 6, kOutputs = 4;
-  static constexpr std::int64_t kStripTiles = 48;
   static constexpr double a = 0.625, b = 1.5, aa = a * a, bb = b * b;
-  // What the other factor is divided by at a point: the product of its differences from the other points.
-  static constexpr double at_zero = 1 / (aa * bb), at_a = 1 / (2 * aa * (aa - bb)), at_b = 1 / (2 * bb * (bb - aa));
 
   template <class V>
   LIMPET_FORMULA static void inputs(const V* d, V* at) {
@@ -59,6 +72,29 @@ struct TilesOfFour {
     at[3] = even_b + odd_b;
     at[4] = even_b - odd_b;
     at[5] = (times(aa * bb, d[1]) - times(aa + bb, d[3])) + d[5];
+  }
+  // Divided at each point by the product of its differences from the others.
+  template <int count, class V>
+  LIMPET_FORMULA static void factor(const V* c, V* at) {
+    constexpr double at_a = 1 / (2 * aa * (aa - bb)), at_b = 1 / (2 * bb * (bb - aa));
+    V odd_a = times(at_a * a, c[1]), odd_b = times(at_b * b, c[1]);
+    if (count == 4) odd_a += times(at_a * a * aa, c[count - 1]), odd_b += times(at_b * b * bb, c[count - 1]);
+    const V even_a = times(at_a, c[0]) + times(at_a * aa, c[2]), even_b = times(at_b, c[0]) + times(at_b * bb, c[2]);
+    at[0] = times(1 / (aa * bb), c[0]);
+    at[1] = even_a + odd_a;
+    at[2] = even_a - odd_a;
+    at[3] = even_b + odd_b;
+    at[4] = even_b - odd_b;
+    at[5] = c[count - 1];
+  }
+  template <int count, class V>
+  LIMPET_FORMULA static void sums(const V* m, V* y) {
+    const V sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
+    y[0] = m[0] + (sum_a + sum_b);
+    y[1] = times(a, difference_a) + times(b, difference_b);
+    y[2] = times(aa, sum_a) + times(bb, sum_b);
+    if (count == 4) y[count - 1] = times(a * aa, difference_a) + times(b * bb, difference_b);
+    y[count - 1] += m[5];
   }
 };
 
@@ -90,12 +126,13 @@ struct Strips {
   std::int64_t samples;       // at a time
   std::int64_t rows, across;  // places that a strip sees
 
-  Strips(const TileCounts& tiles, std::int64_t num_samples)
+  // `most`: tiles of a strip, or of the small pictures together; but at least a row.
+  Strips(const TileCounts& tiles, std::int64_t num_samples, std::int64_t most)
       : tiles(tiles),
-        height(max_of(1, min_of(tiles.down, Form::kStripTiles / max_of(1, tiles.across)))),
+        height(max_of(1, min_of(tiles.down, most / max_of(1, tiles.across)))),
         of_picture(ceil_div(tiles.down, height)),
         count(tiles.frames * of_picture),
-        samples(count == 1 ? max_of(1, min_of(num_samples, Form::kStripTiles / max_of(1, size()))) : 1),
+        samples(count == 1 ? max_of(1, min_of(num_samples, most / max_of(1, size()))) : 1),
         rows(Form::kStep * (height - 1) + Form::kWindow),
         across(Form::kStep * (tiles.across - 1) + Form::kWindow) {}
 
@@ -167,8 +204,7 @@ LIMPET_FORMULA void along_both(const Read& read, const Line& line, const Write& 
   }
 }
 
-// The transformed values of a picture's tiles, `step` places apart: point f of tile t goes to `to` + f * point + t *
-// tile.
+// The values of a picture's tiles, `step` places apart: point f of tile t goes to `to` + f * point + t * tile.
 template <int size, int points, class S, class Line>
 LIMPET_FORMULA void transform_tiles(const Picture<S>& picture, const TileCounts& tiles, int step, const Line& line,
                                     std::int64_t point, std::int64_t tile, S* to) {

@@ -84,7 +84,8 @@ def conv_input_grad(
 
     Raises:
         TypeError: a tensor is of another dtype.
-        ValueError: a shape, a device, the step or the padding is not as above, or they do not fit each other.
+        ValueError: a shape, a device, the step or the padding is not as above, they do not fit each other, or
+            ``kernels`` are those of other shapes.
 
     >>> conv_input_grad(torch.ones(1, 1, 2, 2), torch.arange(9.0).view(1, 1, 3, 3), (2, 2), (1, 1), (1, 1))
     tensor([[[[ 8., 12.],
@@ -94,10 +95,13 @@ def conv_input_grad(
     shape = (output_grad.shape[0], weight.shape[1], *input_size)
     if 0 in shape or output_grad.numel() == 0:
         return output_grad.new_zeros(shape)
+    size, scratch = _core.conv_input_grad_sizes(*geometry)
     if kernels is None:
         kernels = conv_input_grad_kernels(output_grad, weight, input_size, stride, padding)
+    elif kernels.nbytes != size or kernels.device.type != "cpu":
+        raise ValueError(f"kernels must be {size} bytes made for these shapes, got {_checks.describe(kernels)}")
     input_grad, output_grad = output_grad.new_empty(shape), output_grad.detach().contiguous()
-    workspace = _launch.workspace(_core.conv_input_grad_sizes(*geometry)[1], output_grad.device)
+    workspace = _launch.workspace(scratch, output_grad.device)
     _core.conv_input_grad(
         input_grad.data_ptr(), output_grad.data_ptr(), kernels.data_ptr(), workspace.data_ptr(), *geometry
     )
