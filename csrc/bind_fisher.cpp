@@ -101,28 +101,18 @@ void bind_fisher(py::module_& m) {
           cpu::kernels().sum_grad_squared_conv(args);
         });
 
-  m.def("conv_input_grad_sizes", [](const Fixed<3>& sizes, const Fixed<2>& output_size, const Fixed<2>& input_size,
-                                    const Fixed<2>& padding, std::int64_t stride, int dtype, int threads) {
-    const auto args = conv_input_grad_args(sizes, output_size, input_size, padding, stride, dtype, threads);
-    const cpu::Kernels& kernels = cpu::kernels();
-    return py::make_tuple(kernels.conv_input_grad_kernels_size(args), kernels.conv_input_grad_workspace(args));
+  m.def("conv_input_grad_workspace", [](const Fixed<3>& sizes, const Fixed<2>& output_size, const Fixed<2>& input_size,
+                                        const Fixed<2>& padding, std::int64_t stride, int dtype, int threads) {
+    return cpu::kernels().conv_input_grad_workspace(
+        conv_input_grad_args(sizes, output_size, input_size, padding, stride, dtype, threads));
   });
-  m.def("conv_input_grad_kernels",
-        [](Address kernels, Address weight, const Fixed<3>& sizes, const Fixed<2>& output_size,
-           const Fixed<2>& input_size, const Fixed<2>& padding, std::int64_t stride, int dtype, int threads) {
-          auto args = conv_input_grad_args(sizes, output_size, input_size, padding, stride, dtype, threads);
-          args.kernels = pointer<void>(kernels);
-          args.weight = pointer<const void>(weight);
-          const py::gil_scoped_release release;
-          cpu::kernels().conv_input_grad_kernels(args);
-        });
-  m.def("conv_input_grad", [](Address input_grad, Address output_grad, Address kernels, Address workspace,
+  m.def("conv_input_grad", [](Address input_grad, Address output_grad, Address weight, Address workspace,
                               const Fixed<3>& sizes, const Fixed<2>& output_size, const Fixed<2>& input_size,
                               const Fixed<2>& padding, std::int64_t stride, int dtype, int threads) {
     auto args = conv_input_grad_args(sizes, output_size, input_size, padding, stride, dtype, threads);
     args.input_grad = pointer<void>(input_grad);
     args.output_grad = pointer<const void>(output_grad);
-    args.kernels = pointer<void>(kernels);
+    args.weight = pointer<const void>(weight);
     args.workspace = pointer<void>(workspace);
     const py::gil_scoped_release release;
     cpu::kernels().conv_input_grad(args);

@@ -210,6 +210,16 @@ LIMPET_FORMULA int worthwhile(int threads, std::int64_t work) {
   return work < 200000 ? 1 : threads;
 }
 
+// A vector of which only the first `readable` elements may be read; the others are anything.
+template <class Stored>
+LIMPET_FORMULA Vector<Compute<Stored>> load_some(const Stored* from, std::int64_t readable) {
+  using S = Compute<Stored>;
+  if (readable >= lanes<S>) return load(from);
+  alignas(64) S values[lanes<S>] = {};
+  for (std::int64_t i = 0; i < readable; ++i) values[i] = widen(from[i]);
+  return load(values);
+}
+
 // `count` neighbouring values per place into [places, width]. Between `count` and `width` anything may lie: those
 // products are not kept. `width`: whole vectors, or kMR.
 template <class Stored, class S>
@@ -223,17 +233,19 @@ void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std:
       }
     return;
   }
-  if (place_stride == 1 && step != 1 && width % lanes<S> == 0 && places >= lanes<S>) {  // neighbouring places
+  if (place_stride == 1 && step != 1 && width % lanes<S> == 0) {  // neighbouring places
     for (std::int64_t v = 0; v < width; v += lanes<S>)
       for (std::int64_t block = 0; block < places; block += lanes<S>) {
-        const std::int64_t t = min_of(block, places - lanes<S>);  // the last block may overlap the one before it
+        const std::int64_t t =
+            max_of(0, min_of(block, places - lanes<S>));  // the last block may overlap the one before
         Vector<S> values[lanes<S>];
         for (int i = 0; i < lanes<S>; ++i) {
-          values[i] = load(from + min_of(v + i, count - 1) * step + t);
+          const std::int64_t channel = min_of(v + i, count - 1);
+          values[i] = load_some(from + channel * step + t, (count - 1 - channel) * step + places - t);
           if (square) values[i] *= values[i];
         }
         transpose<S>(values);
-        for (int i = 0; i < lanes<S>; ++i) store<S>(values[i], to + (t + i) * width + v);
+        for (std::int64_t i = 0; i < min_of(lanes<S>, places - t); ++i) store<S>(values[i], to + (t + i) * width + v);
       }
     return;
   }

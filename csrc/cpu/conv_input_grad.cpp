@@ -9,6 +9,9 @@ namespace {
 
 // Output channels at a time, so that a point's operands stay in the first cache.
 constexpr std::int64_t kSegmentChannels = 64;
+// Elements of the kernels' values at a time, so that they take no more memory than a large layer's weight does. The
+// gradient is transformed anew for the next ones.
+constexpr std::int64_t kKernels = 5 << 20;
 
 // A step of two and a padding of one: of four inputs the first and the third see the kernel's middle element alone, the
 // others the outer ones, which are F(2, 2): 25 products instead of 36.
@@ -51,31 +54,25 @@ TileCounts input_tiles(const ConvInputGradArgs& args) {
   return {1, ceil_div(args.input_size[0], Form::kOutputs), ceil_div(args.input_size[1], Form::kOutputs)};
 }
 
-// The kernels' values: [panel of input channels, point, output channel, width].
-template <class Form, class S>
-struct KernelsLayout {
-  std::int64_t panels;
-  Panel<S> panel;
-
-  explicit KernelsLayout(const ConvInputGradArgs& args)
-      : panels(ceil_div(args.in_channels, kNR<S>)), panel{args.out_channels, kNR<S>} {}
-
-  std::int64_t panel_size() const { return panel.size(kPoints<Form>); }
-  std::int64_t bytes() const { return panels * panel_size() * static_cast<std::int64_t>(sizeof(S)); }
-};
-
-// Workspace, per thread: a strip of the output's gradient with zeros around it, packed without, its transformed values,
-// products, a strip of the input's gradient, where rows lie.
+// Workspace: the kernels' values, [panel of input channels, point, output channel, width], of so many panels as are
+// taken at a time | per thread: a strip of the output's gradient with zeros around it, packed without, its transformed
+// values, products, a strip of the input's gradient, where rows lie.
 template <class Form, class S>
 struct Layout {
-  Strips<Form> strips;  // of the input's gradient
+  static constexpr std::int64_t panel_width = kNR<S>;
+  std::int64_t panel_size, panels;  // elements of a panel of kernels; how many at a time
+  Strips<Form> strips;              // of the input's gradient
   std::int64_t jobs;
   int workers;
-  std::int64_t channel_panels, blocks;                                   // of output channels; register tiles of a job
-  std::int64_t sample_values;                                            // transformed, of a strip
-  std::int64_t packed, values, products, out, row_offsets, thread, end;  // in bytes
+  std::int64_t channel_panels, blocks;                              // of output channels; register tiles of a job
+  std::int64_t sample_values;                                       // transformed, of a strip
+  std::int64_t threads, end;                                        // in bytes; the kernels lie at 0
+  std::int64_t packed, values, products, out, row_offsets, thread;  // in bytes; within a thread's part
 
-  explicit Layout(const ConvInputGradArgs& args) : strips(input_tiles<Form>(args), args.samples, kStripTiles<Form>) {
+  explicit Layout(const ConvInputGradArgs& args)
+      : panel_size(Panel<S>{args.out_channels, kNR<S>}.size(kPoints<Form>)),
+        panels(max_of(1, min_of(ceil_div(args.in_channels, kNR<S>), kKernels / panel_size))),
+        strips(input_tiles<Form>(args), args.samples, kStripTiles<Form>) {
     const auto bytes = [](std::int64_t n) { return ceil_div(n * static_cast<std::int64_t>(sizeof(S)), 64) * 64; };
     if (strips.count == 1) {  // all threads have as many samples
       const std::int64_t threads = max_of(1, args.threads), rounds = ceil_div(args.samples, strips.samples * threads);
@@ -89,10 +86,11 @@ struct Layout {
     packed = bytes(strips.rows * strips.across * lanes<S>);
     values = packed + bytes(strips.rows * strips.across * lanes<S>);
     products = values + bytes(strips.samples * sample_values);
-    out = products + bytes(kPoints<Form> * KernelsLayout<Form, S>(args).panels * blocks * kBlock<S>);
+    out = products + bytes(kPoints<Form> * panels * blocks * kBlock<S>);
     row_offsets = out + bytes(Form::kOutputs * strips.height * args.input_size[1] * lanes<S>);
     thread = row_offsets + ceil_div(blocks * kMR * 8, 64) * 64;
-    end = thread * workers;
+    threads = bytes(panels * panel_size);
+    end = threads + thread * workers;
   }
 };
 
@@ -109,18 +107,22 @@ void transform_kernel(const S* weight, std::int64_t count, std::int64_t point, S
                                LIMPET_INLINE { store<S>(value, to + (points * k + l) * point); });
 }
 
+// The kernels' values of the input channels [channel0, end), in runs of output channels: whole lines of a panel then
+// follow one another in memory.
 template <class Form, class S>
-void transform_kernels(const ConvInputGradArgs& args) {
-  const KernelsLayout<Form, S> layout(args);
-  const std::int64_t channels = args.in_channels, vectors = ceil_div(channels, lanes<S>);
-  const int threads = worthwhile(args.threads, args.out_channels * channels * kPoints<Form>);
-  parallel_for(threads, vectors, [&](std::int64_t v, int) {
-    const std::int64_t c = v * lanes<S>, q = c / kNR<S>;
-    const Panel<S> panel{args.out_channels, panel_vectors<S>(channels, q * kNR<S>) * lanes<S>};
-    for (std::int64_t o = 0; o < args.out_channels; ++o)
-      transform_kernel<Form, S>(static_cast<const S*>(args.weight) + (o * channels + c) * kTaps,
-                                min_of(lanes<S>, channels - c), panel.point(),
-                                static_cast<S*>(args.kernels) + q * layout.panel_size() + o * panel.width + c % kNR<S>);
+void transform_kernels(const ConvInputGradArgs& args, const Layout<Form, S>& layout, std::int64_t channel0,
+                       std::int64_t end) {
+  const std::int64_t out_channels = args.out_channels, panels = ceil_div(end - channel0, kNR<S>);
+  const int threads = worthwhile(args.threads, out_channels * (end - channel0) * kPoints<Form>);
+  const std::int64_t runs = min_of(out_channels, ceil_div(4 * threads, panels));
+  parallel_for(threads, panels * runs, [&](std::int64_t job, int) {
+    const std::int64_t q = job / runs, run = job % runs, c0 = channel0 + q * kNR<S>;
+    const Panel<S> panel{out_channels, panel_vectors<S>(end, c0) * lanes<S>};
+    S* const to = static_cast<S*>(args.workspace) + q * layout.panel_size;
+    for (std::int64_t o = out_channels * run / runs; o < out_channels * (run + 1) / runs; ++o)
+      for (std::int64_t c = c0; c < min_of(end, c0 + kNR<S>); c += lanes<S>)
+        transform_kernel<Form, S>(static_cast<const S*>(args.weight) + (o * args.in_channels + c) * kTaps,
+                                  min_of(lanes<S>, end - c), panel.point(), to + o * panel.width + c - c0);
   });
 }
 
@@ -160,11 +162,10 @@ void unpack(const S* from, std::int64_t places, std::int64_t count, std::int64_t
   }
 }
 
+// The gradient at the input channels [channel0, end), whose kernels' values are there.
 template <class Form, class S>
-void input_grad(const ConvInputGradArgs& args) {
-  const Layout<Form, S> layout(args);
-  const KernelsLayout<Form, S> kernels(args);
-  const std::int64_t channels = args.in_channels, out_channels = args.out_channels, width = args.input_size[1];
+void input_grad(const ConvInputGradArgs& args, const Layout<Form, S>& layout, std::int64_t channel0, std::int64_t end) {
+  const std::int64_t channels = end - channel0, out_channels = args.out_channels, width = args.input_size[1];
   const std::int64_t places = args.input_size[0] * width;
   const int threads =
       worthwhile(layout.workers, args.samples * kPoints<Form> * layout.strips.tiles.count() * channels * out_channels);
@@ -177,7 +178,7 @@ void input_grad(const ConvInputGradArgs& args) {
     const std::int64_t rows = samples * strip.count(), blocks = ceil_div(rows, kMR);
     const Panel<S> value_panel{strip.count(), lanes<S>};
     const std::int64_t value_panel_size = value_panel.size(kPoints<Form>);
-    char* const scratch = static_cast<char*>(args.workspace) + layout.thread * worker;
+    char* const scratch = static_cast<char*>(args.workspace) + layout.threads + layout.thread * worker;
     const Picture<S> picture{reinterpret_cast<S*>(scratch), strips.rows, strips.across};
     S* const packed = reinterpret_cast<S*>(scratch + layout.packed);
     S* const values = reinterpret_cast<S*>(scratch + layout.values);
@@ -212,8 +213,8 @@ void input_grad(const ConvInputGradArgs& args) {
     p.row_run = kSegmentChannels / lanes<S> * value_panel_size;
     p.row_offsets = row_offsets;
     p.place_offsets = offsets;
-    p.columns = static_cast<const S*>(args.kernels);
-    p.column_panel = kernels.panel_size();
+    p.columns = static_cast<const S*>(args.workspace);
+    p.column_panel = layout.panel_size;
     p.num_rows = rows;
     p.num_columns = channels;
     p.places = out_channels;
@@ -226,57 +227,56 @@ void input_grad(const ConvInputGradArgs& args) {
     const std::int64_t height = min_of(Form::kOutputs * strip.down, args.input_size[0] - first);
     for (std::int64_t c = 0; c < channels; c += lanes<S>) {
       const S* const at = products + c / kNR<S> * blocks * kBlock<S> + c % kNR<S>;
-      S* const to = static_cast<S*>(args.input_grad) + (n0 * channels + c) * places + first * width;
+      S* const to = static_cast<S*>(args.input_grad) + (n0 * args.in_channels + channel0 + c) * places + first * width;
       for (std::int64_t n = 0; n < samples; ++n) {
         outputs_of_strip<Form>(at + n * strip.count() * kNR<S>, p.point(), strip, height, width, out);
-        unpack(out, height * width, min_of(lanes<S>, channels - c), places, to + n * channels * places);
+        unpack(out, height * width, min_of(lanes<S>, channels - c), places, to + n * args.in_channels * places);
       }
     }
   });
 }
 
-// Whether tiles of 4 x 4 places take less than those of 2 x 2; forming the kernels' values takes as long as 64 tiles.
+// Whether tiles of 4 x 4 places take less than those of 2 x 2; forming the kernels' values takes as long as 32 tiles.
 bool large_tiles_are_faster(const ConvInputGradArgs& args) {
   const auto products = [&](auto form) {
     using Form = decltype(form);
-    return kPoints<Form> * (args.samples * input_tiles<Form>(args).count() + 64);
+    return kPoints<Form> * (args.samples * input_tiles<Form>(args).count() + 32);
   };
-  return args.input_size[0] * args.input_size[1] > 16 && products(TilesOfFour{}) < products(TilesOfTwo{});
+  return products(TilesOfFour{}) < products(TilesOfTwo{});
 }
 
-// Calls body(Form{}, S{}).
+// Calls body(Layout).
 template <class Body>
-auto dispatch_form(const ConvInputGradArgs& args, const Body& body) {
+void with_layout(const ConvInputGradArgs& args, const Body& body) {
   const auto of_dtype = [&](auto form) {
-    return args.dtype == Dtype::f64 ? body(form, double{}) : body(form, float{});
+    using Form = decltype(form);
+    args.dtype == Dtype::f64 ? body(Layout<Form, double>(args)) : body(Layout<Form, float>(args));
   };
   if (args.stride == 2) return of_dtype(StepsOfTwo{});
-  return large_tiles_are_faster(args) ? of_dtype(TilesOfFour{}) : of_dtype(TilesOfTwo{});
+  large_tiles_are_faster(args) ? of_dtype(TilesOfFour{}) : of_dtype(TilesOfTwo{});
 }
 
 std::int64_t conv_input_grad_workspace(const ConvInputGradArgs& args) {
-  return dispatch_form(args, [&](auto form, auto s) { return Layout<decltype(form), decltype(s)>(args).end; });
-}
-
-std::int64_t conv_input_grad_kernels_size(const ConvInputGradArgs& args) {
-  return dispatch_form(args,
-                       [&](auto form, auto s) { return KernelsLayout<decltype(form), decltype(s)>(args).bytes(); });
-}
-
-void conv_input_grad_kernels(const ConvInputGradArgs& args) {
-  dispatch_form(args, [&](auto form, auto s) { transform_kernels<decltype(form), decltype(s)>(args); });
+  std::int64_t bytes = 0;
+  with_layout(args, [&](const auto& layout) { bytes = layout.end; });
+  return bytes;
 }
 
 void conv_input_grad(const ConvInputGradArgs& args) {
-  dispatch_form(args, [&](auto form, auto s) { input_grad<decltype(form), decltype(s)>(args); });
+  with_layout(args, [&](const auto& layout) {
+    const std::int64_t step = layout.panels * layout.panel_width;
+    for (std::int64_t c = 0; c < args.in_channels; c += step) {
+      const std::int64_t end = min_of(args.in_channels, c + step);
+      transform_kernels(args, layout, c, end);
+      input_grad(args, layout, c, end);
+    }
+  });
 }
 
 }  // namespace
 
 void fill_conv_input_grad(Kernels& kernels) {
   kernels.conv_input_grad_workspace = conv_input_grad_workspace;
-  kernels.conv_input_grad_kernels_size = conv_input_grad_kernels_size;
-  kernels.conv_input_grad_kernels = conv_input_grad_kernels;
   kernels.conv_input_grad = conv_input_grad;
 }
 

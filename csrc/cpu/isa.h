@@ -45,7 +45,6 @@ struct ConvInputGradArgs {
   void* input_grad;         // [N, C, X0, X1]; written
   const void* output_grad;  // [N, O, Y0, Y1]
   const void* weight;       // [O, C, 3, 3]
-  void* kernels;            // conv_input_grad_kernels_size() bytes: the weight's values as the products need them
   std::int64_t samples, out_channels, in_channels;
   std::int64_t output_size[2], input_size[2], padding[2], stride;
   Dtype dtype;
@@ -112,9 +111,7 @@ struct Kernels {
   std::int64_t (*conv_workspace)(const ConvArgs&);
   void (*sum_grad_squared_conv)(const ConvArgs&);
   std::int64_t (*conv_input_grad_workspace)(const ConvInputGradArgs&);
-  std::int64_t (*conv_input_grad_kernels_size)(const ConvInputGradArgs&);
-  void (*conv_input_grad_kernels)(const ConvInputGradArgs&);  // from the weight
-  void (*conv_input_grad)(const ConvInputGradArgs&);          // from the kernels
+  void (*conv_input_grad)(const ConvInputGradArgs&);
   void (*sum_grad_squared_channel)(const ChannelArgs&);
   void (*sum_grad_squared_norm)(const NormArgs&);
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);

@@ -138,7 +138,7 @@ def sum_grad_squared_conv(
     threads: int,
     /,
 ) -> None: ...
-def conv_input_grad_sizes(
+def conv_input_grad_workspace(
     sizes: Sizes,
     output_size: Sizes,
     input_size: Sizes,
@@ -147,23 +147,11 @@ def conv_input_grad_sizes(
     dtype: int,
     threads: int,
     /,
-) -> tuple[int, int]: ...
-def conv_input_grad_kernels(
-    kernels: int,
-    weight: int,
-    sizes: Sizes,
-    output_size: Sizes,
-    input_size: Sizes,
-    padding: Sizes,
-    stride: int,
-    dtype: int,
-    threads: int,
-    /,
-) -> None: ...
+) -> int: ...
 def conv_input_grad(
     input_grad: int,
     output_grad: int,
-    kernels: int,
+    weight: int,
     workspace: int,
     sizes: Sizes,
     output_size: Sizes,

@@ -24,7 +24,7 @@ from limpet.fisher.probe import Probe
 from limpet.fisher.reading import Look
 from limpet.fisher.recorder import Key, Recorder
 from limpet.fisher.row_check import RowCheck
-from limpet.fisher.rules.base import Split, kept, prepare
+from limpet.fisher.rules.base import Split, prepare
 from limpet.fisher.shared_inputs import told_apart
 from limpet.fisher.sums import Sums
 from limpet.fisher.uses import Uses
@@ -128,17 +128,15 @@ class Computation:
             self._keep_plan(recorder, losses, uses, batch.size)
 
     def _differentiate(self, losses: Tensor, recorder: Recorder, uses: Uses, scale: float) -> None:  # losses [N, K]
-        calls = [call for _, call, _ in recorder.calls]
-        prepare(calls)
+        prepare(call for _, call, _ in recorder.calls)
         columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses.squeeze(1),)  # whose gradient is a view
-        with kept(calls) if len(columns) > 1 else nullcontext():
-            for column in columns:
-                last = column is columns[-1]
-                at = [recorder.anchor, *recorder.taker.outputs]
-                _, *output_grads = gradients(column, at, torch.full_like(column, scale), retain_graph=not last)
-                if output_grads:
-                    recorder.taker.add(output_grads)
-                uses.finish(last)
+        for column in columns:
+            last = column is columns[-1]
+            at = [recorder.anchor, *recorder.taker.outputs]
+            _, *output_grads = gradients(column, at, torch.full_like(column, scale), retain_graph=not last)
+            if output_grads:
+                recorder.taker.add(output_grads)
+            uses.finish(last)
 
     def _forward(self, batch: Batch, looks: Sequence[Look] = ()) -> tuple[Recorder, Tensor]:  # losses [N, K]
         recorder = Recorder(self._names, self._declined, _nothing, earlier=self._plans.given)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -36,8 +35,6 @@ class Call(ABC):
     autocast: ClassVar[bool | None] = None  # True: computed in autocast's dtype; False: in float32; None: as it comes
     sizes: tuple[int, ...] = ()  # of the result, for calls without an input
     repeatable: ClassVar[bool] = False  # whether it depends on the function's arguments alone, and may serve again
-    kept: Tensor | None = None  # what backward computed and can use again
-    keeps: bool = False  # whether backward runs several times, so that it is to be kept
 
     def __init__(self, names: Names, lead: int, w: Tensor | None, b: Tensor | None) -> None:
         self.weight, self.bias = names
@@ -78,18 +75,6 @@ class Call(ABC):
         self.w = None if self.w is None else self.w.to(dtype)
         self.b = None if self.b is None else self.b.to(dtype)
         return x.to(dtype) if x.is_floating_point() else x
-
-
-@contextmanager
-def kept(calls: Sequence[Call]) -> Iterator[None]:
-    """Backward runs several times meanwhile."""
-    try:
-        for call in calls:
-            call.keeps = True
-        yield
-    finally:
-        for call in calls:
-            call.keeps, call.kept = False, None
 
 
 def prepare(calls: Iterable[Call]) -> None:

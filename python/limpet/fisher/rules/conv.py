@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch.nn import functional as F
 from limpet.fisher.contributions import Contribution, Convolution, Vector
 from limpet.fisher.operands import Operand
 from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
-from limpet.ops.conv_input_grad import conv_input_grad, conv_input_grad_kernels, is_faster, is_plain
+from limpet.ops.conv_input_grad import conv_input_grad, is_faster, is_plain
 
 Sizes = int | Sequence[int]
 
@@ -65,14 +64,8 @@ class Conv(Call):
         if not self.transposed and self.groups == 1 and is_plain(dy, x, self.w):
             if set(self.w.shape[2:]) == {1} and not any(self.padding):
                 return self._input_grad_of_points(dy, x)
-            faster = partial(is_faster, dy, x, self.w, self.stride, self.padding, self.dilation)
-            geometry = dy, self.w, x.shape[2:], self.stride, self.padding
-            if faster(kept=False):
-                return conv_input_grad(*geometry)
-            if self.keeps and faster(kept=True):
-                if self.kept is None:
-                    self.kept = conv_input_grad_kernels(*geometry)
-                return conv_input_grad(*geometry, self.kept)
+            if is_faster(dy, x, self.w, self.stride, self.padding, self.dilation):
+                return conv_input_grad(dy, self.w, x.shape[2:], self.stride, self.padding)
         return torch.ops.aten.convolution_backward(
             dy, x, self.w, None, self.stride, self.padding, self.dilation,
             self.transposed, self.output_padding, self.groups, (True, False, False),
