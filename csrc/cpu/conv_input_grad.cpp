@@ -11,7 +11,7 @@ namespace {
 constexpr std::int64_t kSegmentChannels = 64;
 // Elements of the kernels' values at a time, so that they take no more memory than a large layer's weight does. The
 // gradient is transformed anew for the next ones.
-constexpr std::int64_t kKernels = 5 << 20;
+constexpr std::int64_t kKernels = 4 << 20;
 
 // A step of two and a padding of one: of four inputs the first and the third see the kernel's middle element alone, the
 // others the outer ones, which are F(2, 2): 25 products instead of 36.
