@@ -118,6 +118,26 @@ void bind_fisher(py::module_& m) {
     cpu::kernels().conv_input_grad(args);
   });
 
+  m.def("batch_norm_grads",
+        [](Address input_grad, Address weight_grads, Address bias_grads, Address output_grad, Address input,
+           Address mean, Address factor, const Fixed<3>& sizes, int dtype, int threads) {
+          cpu::BatchNormGradsArgs args{};
+          args.input_grad = pointer<void>(input_grad);
+          args.weight_grads = pointer<void>(weight_grads);
+          args.bias_grads = pointer<void>(bias_grads);
+          args.output_grad = pointer<const void>(output_grad);
+          args.input = pointer<const void>(input);
+          args.mean = pointer<const void>(mean);
+          args.factor = pointer<const void>(factor);
+          args.samples = sizes[0];
+          args.channels = sizes[1];
+          args.places = sizes[2];
+          args.dtype = static_cast<Dtype>(dtype);
+          args.threads = threads;
+          const py::gil_scoped_release release;
+          cpu::kernels().batch_norm_grads(args);
+        });
+
   m.def("sum_grad_squared_channel",
         [](Address total, Address output_grad, Address input, Address shift, const Fixed<4>& sizes,
            const Fixed<4>& d_strides, const Fixed<4>& x_strides, int dtype, int threads) {

@@ -7,34 +7,36 @@
 namespace limpet::cpu {
 
 // Each is defined by the files that CMakeLists.txt compiles once per instruction set.
-#define LIMPET_DECLARE(level)          \
-  namespace level {                    \
-  void fill_quadratic(Kernels&);       \
-  void fill_fisher_linear(Kernels&);   \
-  void fill_fisher_conv(Kernels&);     \
-  void fill_conv_input_grad(Kernels&); \
-  void fill_fisher_rows(Kernels&);     \
-  void fill_fisher_norm(Kernels&);     \
-  void fill_path_integral(Kernels&);   \
-  void fill_optim(Kernels&);           \
-  void fill_reservoir(Kernels&);       \
-  void fill_keyed(Kernels&);           \
-  void fill_gated_lateral(Kernels&);   \
-  static Kernels table() {             \
-    Kernels kernels{};                 \
-    fill_quadratic(kernels);           \
-    fill_fisher_linear(kernels);       \
-    fill_fisher_conv(kernels);         \
-    fill_conv_input_grad(kernels);     \
-    fill_fisher_rows(kernels);         \
-    fill_fisher_norm(kernels);         \
-    fill_path_integral(kernels);       \
-    fill_optim(kernels);               \
-    fill_reservoir(kernels);           \
-    fill_keyed(kernels);               \
-    fill_gated_lateral(kernels);       \
-    return kernels;                    \
-  }                                    \
+#define LIMPET_DECLARE(level)           \
+  namespace level {                     \
+  void fill_quadratic(Kernels&);        \
+  void fill_fisher_linear(Kernels&);    \
+  void fill_fisher_conv(Kernels&);      \
+  void fill_conv_input_grad(Kernels&);  \
+  void fill_batch_norm_grads(Kernels&); \
+  void fill_fisher_rows(Kernels&);      \
+  void fill_fisher_norm(Kernels&);      \
+  void fill_path_integral(Kernels&);    \
+  void fill_optim(Kernels&);            \
+  void fill_reservoir(Kernels&);        \
+  void fill_keyed(Kernels&);            \
+  void fill_gated_lateral(Kernels&);    \
+  static Kernels table() {              \
+    Kernels kernels{};                  \
+    fill_quadratic(kernels);            \
+    fill_fisher_linear(kernels);        \
+    fill_fisher_conv(kernels);          \
+    fill_conv_input_grad(kernels);      \
+    fill_batch_norm_grads(kernels);     \
+    fill_fisher_rows(kernels);          \
+    fill_fisher_norm(kernels);          \
+    fill_path_integral(kernels);        \
+    fill_optim(kernels);                \
+    fill_reservoir(kernels);            \
+    fill_keyed(kernels);                \
+    fill_gated_lateral(kernels);        \
+    return kernels;                     \
+  }                                     \
   }
 
 LIMPET_DECLARE(baseline)

@@ -52,6 +52,19 @@ struct ConvInputGradArgs {
   int threads;
 };
 
+struct BatchNormGradsArgs {
+  void* input_grad;         // [N, C, B]; written
+  void* weight_grads;       // [N, C]; written, null without an input
+  void* bias_grads;         // [N, C]; written
+  const void* output_grad;  // [N, C, B]
+  const void* input;        // [N, C, B], or null
+  const void* mean;         // [C], taken from the input
+  const void* factor;       // [C], of the input's gradient
+  std::int64_t samples, channels, places;
+  Dtype dtype;  // of all, float32 or float64; all contiguous
+  int threads;
+};
+
 // A canonical [N, A, C, B] view: bias and scale act along C, a sample's places are A x B.
 struct ChannelArgs {
   void* total;              // [C] compute type of dtype; added to
@@ -112,6 +125,7 @@ struct Kernels {
   void (*sum_grad_squared_conv)(const ConvArgs&);
   std::int64_t (*conv_input_grad_workspace)(const ConvInputGradArgs&);
   void (*conv_input_grad)(const ConvInputGradArgs&);
+  void (*batch_norm_grads)(const BatchNormGradsArgs&);
   void (*sum_grad_squared_channel)(const ChannelArgs&);
   void (*sum_grad_squared_norm)(const NormArgs&);
   void (*sum_grad_squared_embedding)(const EmbeddingArgs&);

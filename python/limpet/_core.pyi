@@ -162,6 +162,19 @@ def conv_input_grad(
     threads: int,
     /,
 ) -> None: ...
+def batch_norm_grads(
+    input_grad: int,
+    weight_grads: int,
+    bias_grads: int,
+    output_grad: int,
+    input: int,
+    mean: int,
+    factor: int,
+    sizes: Sizes,
+    dtype: int,
+    threads: int,
+    /,
+) -> None: ...
 def sum_grad_squared_channel(
     total: int,
     output_grad: int,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from limpet.fisher.contributions import Contribution, Normalised, Vector
 from limpet.fisher.operands import Operand
 from limpet.fisher.rules.base import Call, Find, Match, Names, Rule, Saved, Split, tracked
+from limpet.ops.batch_norm_grads import batch_norm_grads, is_plain
 from limpet.reference import wide
 
 
@@ -169,9 +170,11 @@ class BatchNorm(_Norm):
         super().__init__(names, 1, weight, bias, eps)
         self.mean, self.var = mean, var  # [C]
         self.known: _Deviations | None = None
+        self._leads_on = False  # whether a gradient at the input will be asked for
+        self._scaled: tuple[Tensor, Tensor] | None = None  # an output's gradient, and the input's that goes with it
 
     def forward(self, x: Tensor) -> tuple[Tensor, Saved]:  # noqa: D102
-        self.known = None
+        self.known, self._leads_on = None, x.requires_grad
         y = F.batch_norm(x, self.mean, self.var, self.w, self.b, training=False, momentum=0.0, eps=self.eps)
         return y, (x,) if self.weight is not None else ()
 
@@ -182,16 +185,29 @@ class BatchNorm(_Norm):
         return self.known or _deviations([self])[0]
 
     def input_grad(self, dy: Tensor, saved: Saved) -> Tensor:  # noqa: D102
+        scaled, self._scaled = self._scaled, None
+        if scaled is not None and scaled[0] is dy:
+            return scaled[1]
         factor = self._rstd_and_factor()[1].view(-1, *[1] * (dy.dim() - 2))
         if factor.dtype == dy.dtype:
             return dy * factor
         return torch.mul(dy, factor, out=torch.empty_like(dy))  # rounded once, and never whole in another dtype
 
     def contributions(self, dy: Tensor, saved: Saved, split: Split) -> Iterator[tuple[Operand, Contribution]]:  # noqa: D102
+        rstd, factor = self._rstd_and_factor()
+        x = saved[0] if self.weight is not None else None
+        if self._leads_on and is_plain(dy, x, self.mean, factor):
+            dx, of_weight, of_bias = batch_norm_grads(dy, x, self.mean, factor)
+            self._scaled = dy, dx
+            if self.weight is not None and of_weight is not None:
+                yield self.weight, Vector(split(of_weight), None, -1, rstd)
+            if self.bias is not None:
+                yield self.bias, Vector(split(of_bias), None, -1)
+            return
         d = channels(split(dy), dy.dim())
-        if self.weight is not None:
-            x = channels(split(saved[0]), dy.dim())
-            yield self.weight, Vector(d, x, 1, self._rstd_and_factor()[0], self.mean.to(wide(dy.dtype)))
+        if x is not None and self.weight is not None:
+            x = channels(split(x), dy.dim())
+            yield self.weight, Vector(d, x, 1, rstd, self.mean.to(wide(dy.dtype)))
         if self.bias is not None:
             yield self.bias, Vector(d, None, 1)
 

@@ -1,0 +1,87 @@
+// The gradients of a batch normalisation by running statistics, of each sample alone, in one pass over its memory: at
+// the input, d factor[c]; of the weight but for 1 / standard deviation, sum_t d (x - mean[c]); of the bias, sum_t d.
+
+#include "cpu/contraction.h"
+#include "cpu/isa.h"
+
+namespace limpet::cpu::LIMPET_LEVEL {
+namespace {
+
+// The places of a channel of a sample.
+template <class S>
+struct Line {
+  const S *d, *x;  // x: null where the weight's gradient is not wanted
+  S* scaled;       // d factor
+  std::int64_t places;
+  S mean, factor;
+
+  template <bool has_input>
+  void sums(S& of_weight, S& of_bias) const {
+    using V = Vector<S>;
+    constexpr int several = 4;  // sums side by side, so that an addition need not wait for the one before
+    const V means = broadcast(mean), factors = broadcast(factor);
+    V weights[several] = {}, biases[several] = {};
+    const auto at = [&](std::int64_t i, V& w, V& b) LIMPET_INLINE {
+      const V grad = load(d + i);
+      b += grad;
+      if constexpr (has_input) w += grad * (load(x + i) - means);
+      store<S>(grad * factors, scaled + i);
+    };
+    std::int64_t i = 0;
+    for (; i + several * lanes<S> <= places; i += several * lanes<S>)
+      for (int k = 0; k < several; ++k) at(i + k * lanes<S>, weights[k], biases[k]);
+    for (; i + lanes<S> <= places; i += lanes<S>) at(i, weights[0], biases[0]);
+    V w = (weights[0] + weights[1]) + (weights[2] + weights[3]);
+    V b = (biases[0] + biases[1]) + (biases[2] + biases[3]);
+    if (const std::int64_t rest = places - i; rest && places >= lanes<S>) {
+      V last[2] = {};  // the last vector, of which the first values were added before
+      at(places - lanes<S>, last[0], last[1]);
+      w += keep_last<S>(last[0], rest);
+      b += keep_last<S>(last[1], rest);
+      i = places;
+    }
+    of_weight = sum_lanes<S>(w);
+    of_bias = sum_lanes<S>(b);
+    for (; i < places; ++i) {
+      of_bias += d[i];
+      if constexpr (has_input) of_weight += d[i] * (x[i] - mean);
+      scaled[i] = d[i] * factor;
+    }
+  }
+};
+
+template <class S>
+void add_lines(const BatchNormGradsArgs& args) {
+  const S* const d = static_cast<const S*>(args.output_grad);
+  const S* const x = static_cast<const S*>(args.input);
+  const std::int64_t lines = args.samples * args.channels;
+  const int threads = worthwhile(args.threads, lines * args.places);
+  const std::int64_t jobs = min_of(lines, 4 * threads);
+  parallel_for(threads, jobs, [&](std::int64_t job, int) {
+    for (std::int64_t i = lines * job / jobs; i < lines * (job + 1) / jobs; ++i) {
+      const std::int64_t c = i % args.channels, at = i * args.places;
+      const Line<S> line{d + at,
+                         x ? x + at : nullptr,
+                         static_cast<S*>(args.input_grad) + at,
+                         args.places,
+                         static_cast<const S*>(args.mean)[c],
+                         static_cast<const S*>(args.factor)[c]};
+      S of_weight, of_bias;
+      x ? line.template sums<true>(of_weight, of_bias) : line.template sums<false>(of_weight, of_bias);
+      if (x) static_cast<S*>(args.weight_grads)[i] = of_weight;
+      static_cast<S*>(args.bias_grads)[i] = of_bias;
+    }
+  });
+}
+
+void batch_norm_grads(const BatchNormGradsArgs& args) {
+  args.dtype == Dtype::f64 ? add_lines<double>(args) : add_lines<float>(args);
+}
+
+}  // namespace
+
+void fill_batch_norm_grads(Kernels& kernels) {
+  kernels.batch_norm_grads = batch_norm_grads;
+}
+
+}  // namespace limpet::cpu::LIMPET_LEVEL
