@@ -203,6 +203,7 @@ class Convolution(NamedTuple):
     padding: list[int]
     dilation: list[int]
     groups: int
+    exchanged: bool = False  # a transposed convolution's: the gradient is the input here
 
     def _geometry(self) -> tuple[list[int], list[int], list[int], list[int], int]:
         return self.kernel_size, self.stride, self.padding, self.dilation, self.groups

@@ -14,7 +14,7 @@ from limpet.fisher.operands import Operand, Region, disjoint
 from limpet.fisher.recorder import Key
 from limpet.fisher.rules import Call
 from limpet.fisher.rules.base import Saved, Split
-from limpet.reference import wide
+from limpet.fisher.together import Together
 
 _BYTES = 64 << 20  # of per-sample gradients formed at a time
 
@@ -140,8 +140,7 @@ class _Gradient:
         self.scaled: _Scaled | None = None  # still to be added
         self._zeros: Tensor | None = None
         self._parts: list[tuple[Operand, Contribution]] = []
-        self._squares: Tensor | None = None  # [N, O], for the input:
-        self._input: Tensor | None = None  # [N, I]
+        self._together = Together()
 
     def take(self, operand: Operand, contribution: Contribution) -> None:
         if self.alone:
@@ -157,9 +156,8 @@ class _Gradient:
     def finish(self, last: bool) -> None:
         if self._parts:
             self._add()
-        if last and self._squares is not None and self._input is not None:
-            squares, input, self._squares, self._input = self._squares, self._input, None, None
-            Matrix(squares.sqrt(), input.to(squares.dtype)).add_to(self.total())
+        if last:
+            self._together.finish(self.total)
 
     def total(self) -> Tensor:
         """Where the squares are added; looked up at each use, see :class:`limpet.fisher.sums.Running`."""
@@ -183,21 +181,13 @@ class _Gradient:
         if len(found) > 1:
             found = joined(found)
         if len(found) == 1:
-            if self._columns > 1 and isinstance(found[0], Matrix) and found[0].output_grad.dim() == 2:
-                self._keep(found[0])
-            else:
+            if self._columns == 1 or not self._together.take(found[0], self.total):
                 found[0].add_to(self.total())
         elif {type(one) for one in found} == {Matrix, Table}:
             matrix, table = sorted(found, key=lambda one: isinstance(one, Table))
             add_tied(matrix, table, self.total())
         else:
             self._add_dense(parts)
-
-    def _keep(self, use: Matrix) -> None:
-        """Without places the squares of all columns' gradients meet the same input: one product at the end."""
-        squares = use.output_grad.to(wide(use.output_grad.dtype)).square()
-        self._squares = squares if self._squares is None else self._squares.add_(squares)
-        self._input = use.input
 
     def _add_dense(self, parts: list[tuple[Operand, Contribution]]) -> None:
         """Form the per-sample gradients, a few samples at a time."""

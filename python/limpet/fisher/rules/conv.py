@@ -109,6 +109,7 @@ class Conv(Call):
             padding=zero + padding,
             dilation=one + self.dilation,
             groups=self.groups,
+            exchanged=self.transposed,
         )
 
     def _one_depth(self, d: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
