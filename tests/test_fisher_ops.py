@@ -132,6 +132,20 @@ def test_conv_by_tiles(data):
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("size", [8, 18])
+@pytest.mark.parametrize(("samples", "groups"), [(15, 1), (16, 1), (33, 1), (33, 2)])
+def test_conv_by_tiles_of_many_samples(samples, groups, size):
+    """From 16 samples on they are cut into parts, which threads share."""
+    d, x = torch.randn(samples, groups * 40, size, size), torch.randn(samples, groups * 150, size, size)
+    want = reference.sum_grad_squared_conv(d.double(), x.double(), [3, 3], [1, 1], [1, 1], [1, 1], groups)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append(ops.sum_grad_squared_conv(d, x, 3, 1, 1, 1, groups))
+    assert_close(results[0], want)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
 @given(data=st.data())
 @settings(max_examples=40)
 def test_conv_with_places_left_out(data):
