@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import limpet
 from limpet import ops
-from limpet.fisher.contributions import Convolution, Matrix
+from limpet.fisher.contributions import Convolution, Matrix, Vector
 from limpet.fisher.together import Together
 from test_diagonal_fisher import assert_fisher
 from tolerances import assert_close
@@ -100,13 +100,20 @@ def test_what_is_not_finite_shows(value):
     assert not add_all(columns, torch.randn(5, 3, 6, 6)).isfinite().all()
 
 
-def test_matrices():
+def test_matrices_and_vectors():
     """Without places they are held back; with places each is added by itself."""
     total, together = torch.zeros(4, 3), Together()
     uses = [Matrix(torch.randn(5, 4), torch.ones(5, 3)) for _ in range(3)]
     assert all(together.take(use, lambda: total) for use in uses)
     together.finish(lambda: total)
     assert_close(total, sum(use.output_grad.square().sum(0) for use in uses).unsqueeze(1).expand(4, 3))
+    total, together = torch.zeros(4), Together()
+    uses = [Vector(torch.randn(5, 4), None, -1, torch.full((4,), 3.0)) for _ in range(3)]
+    assert all(together.take(use, lambda: total) for use in uses)
+    together.finish(lambda: total)
+    assert_close(total, 9 * sum(use.output_grad.square().sum(0) for use in uses))
+    assert not Together().take(Vector(torch.ones(5, 2, 4), None, -1), lambda: total)
+    assert not Together().take(Vector(torch.ones(5, 4), torch.ones(5, 4), -1), lambda: total)
     assert not Together().take(Matrix(torch.ones(5, 2, 4), torch.ones(5, 2, 3)), lambda: total)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from limpet.fisher.contributions import Convolution, Matrix
+from limpet.fisher.contributions import Convolution, Matrix, Vector
 from limpet.reference import wide
 
 
@@ -17,23 +17,23 @@ class Together:
 
     That is so where the gradients at a sample's channel are multiples of one another: with
     :math:`g_{kt} = v_k m_t`, :math:`\sum_k (\sum_t g_{kt} x_t)^2 = (\sum_t \sqrt{\sum_k g_{kt}^2} x_t)^2` for
-    ``m`` of zeros and ones. Matrices without places have one place. Of convolutions it holds before a global average
-    pooling: what reaches all places is the same value, or, behind a ReLU, zero where it was zero.
+    ``m`` of zeros and ones. Matrices and vectors without places have one place. Of convolutions it holds before a
+    global average pooling: what reaches all places is the same value, or, behind a ReLU, zero where it was zero.
     """
 
     def __init__(self) -> None:
         self._apart = False  # whether columns were seen that are no multiples: in later batches as well, most likely
-        self._use: Matrix | Convolution | None = None
+        self._use: Matrix | Vector | Convolution | None = None
         self._squares: Tensor | None = None  # [N, O, *], of all columns
         self._places: Tensor | None = None  # bool [N, O, *], where they are not zero
 
     def take(self, use: Any, total: Callable[[], Tensor]) -> bool:
         """Hold a column's use back, if it is one that may be."""
-        if self._apart or not isinstance(use, (Matrix, Convolution)):
+        if self._apart or not isinstance(use, (Matrix, Vector, Convolution)):
             return False
         d = use.output_grad
-        if isinstance(use, Matrix):
-            self._apart = d.dim() > 2
+        if not isinstance(use, Convolution):
+            self._apart = d.dim() > 2 or (isinstance(use, Vector) and use.input is not None)
         elif use.exchanged or not _constant(d[:1]) or not _constant(d):
             self._apart = True
         elif self._places is None:
@@ -46,8 +46,8 @@ class Together:
         if self._apart:
             self.finish(total)
             return False
-        squares = d.to(wide(d.dtype)).square()
-        self._use, self._squares = use, squares if self._squares is None else self._squares.add_(squares)
+        d = d.to(wide(d.dtype))
+        self._use, self._squares = use, d.square() if self._squares is None else self._squares.addcmul_(d, d)
         return True
 
     def finish(self, total: Callable[[], Tensor]) -> None:
@@ -55,7 +55,8 @@ class Together:
         use, squares = self._use, self._squares
         self._use = self._squares = self._places = None
         if use is not None and squares is not None:
-            use._replace(output_grad=squares.sqrt_(), input=use.input.to(squares.dtype)).add_to(total())
+            x = None if use.input is None else use.input.to(squares.dtype)
+            use._replace(output_grad=squares.sqrt_(), input=x).add_to(total())  # type: ignore[arg-type]
 
 
 def _any_place(of: Tensor) -> Tensor:  # bool [N, O, *] -> [N, O, 1...]
