@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from limpet import ops, reference
+from limpet.ops.batch_norm_grads import batch_norm_grads
 from limpet.ops.conv_input_grad import conv_input_grad
 from op_cases import LINEAR_TIMED
 
@@ -48,7 +49,7 @@ def test_conv(case, compare):
     compare(f"contraction, 3x3 convolution {case}", "torch's convolution weight gradient", "at most 1.15", calls)
 
 
-@pytest.mark.parametrize("case", [case for case in CONV if case[3] > 4], ids=str)
+@pytest.mark.parametrize("case", [*(case for case in CONV if case[3] > 4), (64, 512, 512, 4, 1)], ids=str)
 def test_conv_input_grad(case, compare):
     samples, channels, out_channels, size, stride = case
     x, weight = torch.randn(samples, channels, size, size), torch.randn(out_channels, channels, 3, 3)
@@ -60,6 +61,25 @@ def test_conv_input_grad(case, compare):
         "baseline": lambda: torch.ops.aten.convolution_backward(d, x, weight, *rest),
     }
     compare(f"input gradient, 3x3 convolution {case}", "torch's convolution input gradient", "below 1", calls)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 32, 32), (64, 128, 16, 16), (64, 512, 4, 4)], ids=str)
+def test_batch_norm_grads(shape, compare):
+    d, x, (mean, factor) = torch.randn(shape), torch.randn(shape), torch.randn(2, shape[1])
+    of_weight, of_bias = torch.zeros(2, shape[1])
+
+    def one_pass():
+        dx, *of_samples = batch_norm_grads(d, x, mean, factor)
+        for total, grads in zip((of_weight, of_bias), of_samples, strict=True):
+            ops.sum_grad_squared_bias(grads, into=total)
+        return dx
+
+    def three_passes():
+        ops.sum_grad_squared_scale(d, x, shift=mean, channel_dim=1, into=of_weight, bias_into=of_bias)
+        return d * factor.view(-1, 1, 1)
+
+    calls = {"ours": one_pass, "baseline": three_passes}
+    compare(f"batch normalisation's gradients {shape}", "its sums, and the input's gradient by torch", "below 1", calls)
 
 
 # (samples, channels, channels of a group, size, stride): depthwise 3x3 convolutions of MobileNets; ResNeXt's groups.

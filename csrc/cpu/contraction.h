@@ -236,8 +236,8 @@ void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std:
   if (place_stride == 1 && step != 1 && width % lanes<S> == 0) {  // neighbouring places
     for (std::int64_t v = 0; v < width; v += lanes<S>)
       for (std::int64_t block = 0; block < places; block += lanes<S>) {
-        const std::int64_t t =
-            max_of(0, min_of(block, places - lanes<S>));  // the last block may overlap the one before
+        // The last block may overlap the one before it.
+        const std::int64_t t = max_of(0, min_of(block, places - lanes<S>));
         Vector<S> values[lanes<S>];
         for (int i = 0; i < lanes<S>; ++i) {
           const std::int64_t channel = min_of(v + i, count - 1);
