@@ -241,23 +241,23 @@ class CallTaker {
 
   // A linear layer's value by torch's own function, of which no gradient at weight and bias is asked.
   py::object with_later_sums(const py::object& object, const EarlierCall& earlier, const py::object& input) {
-    const py::object w = detached(earlier.w.ptr()), b = detached(earlier.b.ptr());
-    PyObject* const args[] = {input.ptr(), w.ptr(), b.ptr()};
-    py::object y = owned(PyObject_Vectorcall(earlier.func.ptr(), args, 3, nullptr));
-    const bool first = !requires_grad(y.ptr());  // no gradient goes further
-    if (first) {
-      if (filter_.grad_enabled().ptr() != Py_True) return y;
-      y.attr("requires_grad_")();
-      outputs_.append(y);
-    } else {
-      static PyObject* const grad_fn = interned("grad_fn");
-      outputs_.append(filter_.edge(attribute(y.ptr(), grad_fn), 0));
-    }
-    inputs_.push_back({object, input, version(input.ptr())});
-    // The model may change the value in place. That is forbidden for a leaf, and would lead a view past the edge.
+    static PyObject* const require = interned("requires_grad_");
+    static PyObject* const grad_fn = interned("grad_fn");
     static PyObject* const is_view = interned("_is_view");
-    if (first || owned(PyObject_CallMethodNoArgs(y.ptr(), is_view)).ptr() != Py_False)
-      return filter_.alias(y, y.attr("shape"));
+    py::object x = input;
+    if (!earlier.requires_grad) {  // a leaf of its own: the layer's node is there all the same, and never runs
+      x = detached(input.ptr());
+      owned(PyObject_CallMethodNoArgs(x.ptr(), require));
+    }
+    const py::object w = detached(earlier.w.ptr()), b = detached(earlier.b.ptr());
+    PyObject* const args[] = {x.ptr(), w.ptr(), b.ptr()};
+    py::object y = owned(PyObject_Vectorcall(earlier.func.ptr(), args, 3, nullptr));
+    const py::object node = attribute(y.ptr(), grad_fn);
+    if (node.is_none()) return y;  // under no_grad: no gradient goes further
+    outputs_.append(filter_.edge(node, 0));
+    inputs_.push_back({object, input, version(input.ptr())});
+    // The model may change the value in place, which would lead a view past the edge.
+    if (owned(PyObject_CallMethodNoArgs(y.ptr(), is_view)).ptr() != Py_False) return filter_.alias(y, y.attr("shape"));
     return y;
   }
 
@@ -297,6 +297,43 @@ std::vector<Address> leaves(const py::object& root) {
   return found;
 }
 
+// Puts the address of an object, its `id`, into a list.
+void append_id(py::list& list, PyObject* object) {
+  list.append(owned(PyLong_FromVoidPtr(object)));
+}
+
+// What limpet.fisher.checks says of a model's modules and parameters, in the order of `model.modules()`.
+py::list standing(const py::object& model, const py::tuple& may_be_refused) {
+  static PyObject* const training = interned("training");
+  static PyObject* const modules_name = interned("_modules");
+  static PyObject* const parameters = interned("_parameters");
+  static PyObject* const of_refused[] = {interned("p"), interned("max_norm")};
+  static PyObject* const of_parameter[] = {interned("requires_grad"), interned("dtype"), interned("device"),
+                                           interned("shape")};
+  py::list found;
+  std::vector<py::object> modules{model};
+  std::unordered_set<PyObject*> seen{model.ptr()};
+  for (std::size_t n = 0; n < modules.size(); ++n) {
+    PyObject* const module = modules[n].ptr();
+    append_id(found, module);
+    found.append(attribute(module, training));
+    if (checked(PyObject_IsInstance(module, may_be_refused.ptr()))) {
+      for (PyObject* const name : of_refused) found.append(py::getattr(module, name, py::none()));
+      const py::object mean = modules[n].attr("_buffers").attr("get")("running_mean");
+      append_id(found, mean.ptr());
+    }
+    for (const auto& [name, p] : attribute(module, parameters).cast<py::dict>()) {
+      if (p.is_none()) continue;
+      append_id(found, p.ptr());
+      for (PyObject* const asked : of_parameter) found.append(attribute(p.ptr(), asked));
+    }
+    for (const auto& [name, inner] : attribute(module, modules_name).cast<py::dict>())
+      if (!inner.is_none() && seen.insert(inner.ptr()).second)
+        modules.push_back(py::reinterpret_borrow<py::object>(inner));
+  }
+  return found;
+}
+
 // A recorder's method.
 py::object take_call(const py::object& recorder, const py::object& func, const py::object& types, const py::tuple& args,
                      const py::object& kwargs) {
@@ -324,6 +361,7 @@ void bind_fisher_calls(py::module_& m) {
       .def("add", &CallTaker::add);
 
   m.def("leaves", leaves);
+  m.def("standing", standing);
 
   // For a class to take as its method; torch asks that it be bound to the mode that it has.
   const py::cpp_function take(take_call, py::arg("recorder"), py::arg("func"), py::arg("types"),

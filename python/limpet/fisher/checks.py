@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from limpet import _checks
+from limpet import _checks, _core
 
 _MAY_BE_REFUSED = (_BatchNorm, _DropoutNd, nn.Embedding, nn.EmbeddingBag)
 
@@ -53,19 +53,7 @@ def standing(model: nn.Module) -> list[Any]:
 
     Modules and parameters are named by their ``id``: whoever keeps the answer keeps them, too.
     """
-    found: list[Any] = [torch.is_inference_mode_enabled()]
-    for module in _modules(model):
-        found += (id(module), module.training)
-        if isinstance(module, _MAY_BE_REFUSED):
-            found += (
-                getattr(module, "p", None),
-                getattr(module, "max_norm", None),
-                id(module._buffers.get("running_mean")),
-            )
-        for p in module._parameters.values():
-            if p is not None:
-                found += (id(p), p.requires_grad, p.dtype, p.device, p.shape)
-    return found
+    return [torch.is_inference_mode_enabled(), *_core.standing(model, _MAY_BE_REFUSED)]
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -60,7 +60,7 @@ class Computation:
 
     def add(self, batch: Batch, looks: Sequence[Look] = ()) -> None:
         """Add one batch's squared gradients; ``looks`` are heeded before, if it may be one of known calls."""
-        with without_tf32(self._device), _uncompiled(), _kept_memory(self._device):
+        with _surroundings(self._device), _uncompiled():
             batch = told_apart(self._model, batch, self._objective)
             self.loss_scale.add(self.sums.running, self._params, partial(self._add, batch, looks))
         self.sums.end_batch()
@@ -129,7 +129,7 @@ class Computation:
 
     def _differentiate(self, losses: Tensor, recorder: Recorder, uses: Uses, scale: float) -> None:  # losses [N, K]
         prepare(call for _, call, _ in recorder.calls)
-        columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses.squeeze(1),)  # whose gradient is a view
+        columns = losses.unbind(dim=1) if losses.shape[1] > 1 else (losses,)
         for column in columns:
             last = column is columns[-1]
             at = [recorder.anchor, *recorder.taker.outputs]
@@ -290,17 +290,18 @@ class Computation:
         return partial(layout.split, samples=samples)
 
 
-@contextmanager
-def _kept_memory(device: torch.device) -> Iterator[None]:
+class _KeptMemory(AbstractContextManager[None]):
     """Take blocks of over 32 MB from the memory that is kept, too: a third of a GPT-2's pass was clearing them."""
-    if device.type != "cpu":
-        yield
-        return
-    _core.hold_large_blocks(True)
-    try:
-        yield
-    finally:
+
+    def __enter__(self) -> None:
+        _core.hold_large_blocks(True)
+
+    def __exit__(self, *_: object) -> None:
         _core.hold_large_blocks(False)
+
+
+def _surroundings(device: torch.device) -> AbstractContextManager[None]:
+    return _KeptMemory() if device.type == "cpu" else without_tf32(device)
 
 
 def _uncompiled() -> AbstractContextManager[object]:
