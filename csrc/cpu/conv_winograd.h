@@ -1,7 +1,7 @@
 // The contraction for kernels of 3 x 3 with a step of one, in Winograd's form (winograd.h): per sample 16 products over
 // the tiles of 2 x 2 places instead of 9 over all places, or 36 over those of 4 x 4. They go through the register tile
 // of contraction.h, point by point; then the kernel's gradient is put together, squared and added, in vectors of output
-// channels.
+// channels. Of very few tiles all of that is done at once, in registers.
 #pragma once
 
 #include "cpu/conv_geometry.h"
@@ -13,9 +13,7 @@ namespace {
 // Tiles of a strip.
 template <class Form>
 constexpr std::int64_t kStripTiles = Form::kPoints == 4 ? 64 : 32;
-// Of how many products the work is to put a sample's kernel together and to add its squares (measured).
-template <class Form>
-constexpr std::int64_t kTogether = Form::kPoints == 4 ? 200 : 480;
+constexpr std::int64_t kFewTiles = 4;  // of a sample, at most, whose products stay in registers
 
 template <class Form>
 TileCounts gradient_tiles(const ConvArgs& args) {
@@ -23,13 +21,25 @@ TileCounts gradient_tiles(const ConvArgs& args) {
           ceil_div(args.output_size[2], Form::kOutputs)};
 }
 
-// The work of a sample, for a pair of channels.
 template <class Form>
-std::int64_t products(const ConvArgs& args) {
-  return kPoints<Form> * gradient_tiles<Form>(args).count() + kTogether<Form>;
+bool has_few(const TileCounts& tiles) {
+  return std::is_same_v<Form, TilesOfFour> && tiles.frames == 1 && tiles.count() > 1 && tiles.count() <= kFewTiles;
 }
 
-// Whether tiles take less work than 9 products a place (8 x 8 places gain, 7 x 7 and 6 x 6 are as fast either way).
+// The work of a sample, for a pair of channels: to put its kernel together and to add its squares is as much as so many
+// products (measured).
+template <class Form>
+std::int64_t products(const ConvArgs& args) {
+  const TileCounts tiles = gradient_tiles<Form>(args);
+  const std::int64_t together = Form::kPoints == 4 || has_few<Form>(tiles) ? 200 : 480;
+  return kPoints<Form> * tiles.count() + together;
+}
+
+inline bool large_tiles_are_faster(const ConvArgs& args) {
+  return products<TilesOfFour>(args) < products<TilesOfTwo>(args);
+}
+
+// Whether tiles take less work than 9 products a place (7 x 7 places gain, 6 x 6 are as fast either way).
 // What is transformed must be met by enough channels of the other side: at 32 of each with vectors of 16, tiles gain.
 template <class S>
 bool tiles_are_faster(const ConvArgs& args) {
@@ -40,11 +50,8 @@ bool tiles_are_faster(const ConvArgs& args) {
     return false;
   const std::int64_t channels = args.in_channels / args.groups, columns = args.out_channels / args.groups;
   if (channels * columns < lanes<S> * (channels + columns)) return false;
-  return products<TilesOfTwo>(args) < kTaps * args.output_size[0] * args.output_size[1] * args.output_size[2];
-}
-
-inline bool large_tiles_are_faster(const ConvArgs& args) {
-  return products<TilesOfFour>(args) < products<TilesOfTwo>(args);
+  return min_of(products<TilesOfTwo>(args), products<TilesOfFour>(args)) <
+         kTaps * args.output_size[0] * args.output_size[1] * args.output_size[2];
 }
 
 // What a job computes is some panels of output channels for some blocks of input channels. It transforms what it needs
@@ -116,19 +123,67 @@ void transform_grads(const Picture<S>& picture, const TileCounts& tiles, std::in
       [](const V* g, V* at) LIMPET_INLINE { Form::template factor<Form::kOutputs>(g, at); }, point, tile, to);
 }
 
-// Adds the squares of the kernel's gradient of one input channel and a vector of output channels.
+template <class S>
+LIMPET_FORMULA void add_square_to(const Vector<S>& gradient, S* to) {
+  Vector<S> sum = load(to);
+  math::add_square(sum, gradient);
+  store<S>(sum, to);
+}
+
+// Adds the squares of the kernel's gradient of one input channel and a vector of output channels. sums: [tap, kNR]
 template <class Form, class S>
-LIMPET_FORMULA void add_squares_of_kernel(const S* products, std::int64_t point, S* sums, std::int64_t tap) {
+LIMPET_FORMULA void add_squares_of_kernel(const S* products, std::int64_t point, S* sums) {
   using V = Vector<S>;
-  along_both<Form::kPoints, 3, V>([&](int k, int l)
-                                      LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
-                                  [](const V* m, V* w) LIMPET_INLINE { Form::template sums<3>(m, w); },
-                                  [&](int k, int l, const V& gradient) LIMPET_INLINE {
-                                    S* const to = sums + (3 * k + l) * tap;
-                                    V sum = load(to);
-                                    math::add_square(sum, gradient);
-                                    store<S>(sum, to);
-                                  });
+  along_both<Form::kPoints, 3, V>(
+      [&](int k, int l) LIMPET_INLINE { return load(products + (Form::kPoints * k + l) * point); },
+      [](const V* m, V* w) LIMPET_INLINE { Form::template sums<3>(m, w); },
+      [&](int k, int l, const V& gradient) LIMPET_INLINE { add_square_to<S>(gradient, sums + (3 * k + l) * kNR<S>); });
+}
+
+// Two rows by two vectors of columns, as one value.
+template <class S>
+struct Square {
+  Vector<S> a, b, c, d;  // the first row's two, the second's
+
+  LIMPET_FORMULA friend Square operator+(const Square& x, const Square& y) {
+    return {x.a + y.a, x.b + y.b, x.c + y.c, x.d + y.d};
+  }
+  LIMPET_FORMULA friend Square operator-(const Square& x, const Square& y) {
+    return {x.a - y.a, x.b - y.b, x.c - y.c, x.d - y.d};
+  }
+  LIMPET_FORMULA friend Square times(double factor, const Square& x) {
+    return {times(factor, x.a), times(factor, x.b), times(factor, x.c), times(factor, x.d)};
+  }
+};
+
+// The same for two input channels and two vectors of output channels, of a sample of few tiles: their products stay in
+// registers, a line of points at a time. Operands as Panel has them, with panels of one vector and of kNR.
+template <class Form, int tiles, class S>
+void add_squares_of_few(const S* const* rows, const S* columns, S* const* sums) {
+  constexpr std::int64_t row_point = Panel<S>{tiles, lanes<S>}.point(), point = Panel<S>{tiles, kNR<S>}.point();
+  const S *const first = rows[0], *const second = rows[1];
+  along_both<Form::kPoints, 3, Square<S>>(
+      [&](int k, int l) LIMPET_INLINE {
+        const std::int64_t f = Form::kPoints * k + l;
+        Square<S> m{};
+#pragma GCC unroll 4
+        for (int t = 0; t < tiles; ++t) {
+          const Vector<S> x = broadcast(first[f * row_point + t * lanes<S>]);
+          const Vector<S> y = broadcast(second[f * row_point + t * lanes<S>]);
+          Vector<S> v = load(columns + f * point + t * kNR<S>), w = load(columns + f * point + t * kNR<S> + lanes<S>);
+#if defined(__AVX512F__)
+          asm("" : "+v"(v), "+v"(w));  // or else they are loaded twice, which takes longer than what is computed
+#endif
+          m.a += x * v, m.b += x * w, m.c += y * v, m.d += y * w;
+        }
+        return m;
+      },
+      [](const Square<S>* m, Square<S>* w) LIMPET_INLINE { Form::template sums<3>(m, w); },
+      [&](int k, int l, const Square<S>& gradient) LIMPET_INLINE {
+        const std::int64_t at = (3 * k + l) * kNR<S>;
+        add_square_to<S>(gradient.a, sums[0] + at), add_square_to<S>(gradient.b, sums[0] + at + lanes<S>);
+        add_square_to<S>(gradient.c, sums[1] + at), add_square_to<S>(gradient.d, sums[1] + at + lanes<S>);
+      });
 }
 
 // One job: input channels [row0, row0 + rows) of a group with output channels [column0, column0 + columns).
@@ -183,11 +238,14 @@ class TilesJob {
     }
     for (std::int64_t n = 0; n < samples; ++n) transform_inputs_of(n0 + n, frame, down, strip, n);
 
-    // With few tiles a block's products and sums stay in the first cache, with many a point's gradients.
-    const bool few = layout_.strips.count == 1 && strip.count() <= 32;
-    const std::int64_t together = few ? kMR : rows_;
+    // With some tiles a block's products and sums stay in the first cache, with many a point's gradients.
+    const std::int64_t together = layout_.strips.count == 1 && strip.count() <= 32 ? kMR : rows_;
     for (std::int64_t q = 0; q < panels(); ++q) {
       for (std::int64_t n = 0; n < samples; ++n) transform_grads_of(n0 + n, frame, down, strip, q, n);
+      if (has_few<Form>(layout_.strips.tiles)) {
+        for (std::int64_t n = 0; n < samples; ++n) add_few(row_offsets, q, n);
+        continue;
+      }
       for (std::int64_t row = 0; row < rows_; row += together)
         for (std::int64_t n = 0; n < samples; ++n) {
           PointProducts<S> p;
@@ -211,6 +269,29 @@ class TilesJob {
     }
   }
 
+  // A sample of few tiles.
+  void add_few(const std::int64_t* row_offsets, std::int64_t q, std::int64_t slot) const {
+    if constexpr (std::is_same_v<Form, TilesOfFour>) {
+      switch (layout_.strips.size()) {
+        case 2: return add_few<2>(row_offsets, q, slot);
+        case 3: return add_few<3>(row_offsets, q, slot);
+        default: static_assert(kFewTiles == 4, "cases above"); return add_few<4>(row_offsets, q, slot);
+      }
+    }
+  }
+  template <int tiles>
+  void add_few(const std::int64_t* row_offsets, std::int64_t q, std::int64_t slot) const {
+    const S* const x = inputs() + slot * layout_.sample_inputs;
+    const S* const columns = grads() + slot * layout_.sample_grads;
+    for (std::int64_t column = 0; column < min_of(kNR<S>, columns_ - q * kNR<S>); column += 2 * lanes<S>)
+      for (std::int64_t row = 0; row < rows_; row += 2) {
+        S* const to = sums_ + (q * blocks() * kMR + row) * kTaps * kNR<S> + column;
+        const S* const rows[2] = {x + row_offsets[row], x + row_offsets[row + 1]};
+        S* const sums[2] = {to, to + kTaps * kNR<S>};
+        add_squares_of_few<Form, tiles>(rows, columns + column, sums);
+      }
+  }
+
   void transform_inputs_of(std::int64_t n, std::int64_t frame, std::int64_t down, const TileCounts& strip,
                            std::int64_t slot) {
     const std::int64_t* const strides = args_.input_strides;
@@ -227,7 +308,8 @@ class TilesJob {
                           std::int64_t q, std::int64_t slot) {
     const std::int64_t* const strides = args_.output_grad_strides;
     const std::int64_t end = min_of(columns_, (q + 1) * kNR<S>);
-    const Panel<S> panel{strip.count(), panel_vectors<S>(columns_, q * kNR<S>) * lanes<S>};
+    const bool few = has_few<Form>(layout_.strips.tiles);
+    const Panel<S> panel{strip.count(), few ? kNR<S> : panel_vectors<S>(columns_, q * kNR<S>) * lanes<S>};
     for (std::int64_t c = q * kNR<S>; c < end; c += lanes<S>)
       transform_grads<Form>(picture(args_.output_grad, n, first_column_ + c, frame, args_.output_size, strides,
                                     min_of(lanes<S>, end - c), -Form::kOutputs * down, 0),
@@ -250,7 +332,7 @@ class TilesJob {
     for (std::int64_t row = 0; row < p.num_rows; ++row)
       for (int v = 0; v < panel_vectors<S>(p.num_columns, 0); ++v)
         add_squares_of_kernel<Form>(p.products + row * kNR<S> + v * lanes<S>, p.point(),
-                                    sums + row * kTaps * kNR<S> + v * lanes<S>, kNR<S>);
+                                    sums + row * kTaps * kNR<S> + v * lanes<S>);
   }
 
   const ConvArgs& args_;

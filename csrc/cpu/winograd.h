@@ -92,9 +92,9 @@ struct TilesOfFour {
     const V sum_a = m[1] + m[2], difference_a = m[1] - m[2], sum_b = m[3] + m[4], difference_b = m[3] - m[4];
     y[0] = m[0] + (sum_a + sum_b);
     y[1] = times(a, difference_a) + times(b, difference_b);
-    y[2] = times(aa, sum_a) + times(bb, sum_b);
-    if (count == 4) y[count - 1] = times(a * aa, difference_a) + times(b * bb, difference_b);
-    y[count - 1] += m[5];
+    if (count == 4) y[2] = times(aa, sum_a) + times(bb, sum_b);
+    y[count - 1] = count == 4 ? (m[5] + times(a * aa, difference_a)) + times(b * bb, difference_b)
+                              : (m[5] + times(aa, sum_a)) + times(bb, sum_b);
   }
 };
 
@@ -106,7 +106,7 @@ constexpr std::int64_t kPoints = Form::kPoints * Form::kPoints;  // products of 
 template <class S>
 struct Panel {
   std::int64_t tiles, width;
-  LIMPET_FORMULA std::int64_t point() const { return tiles * width + lanes<S>; }
+  LIMPET_FORMULA constexpr std::int64_t point() const { return tiles * width + lanes<S>; }
   LIMPET_FORMULA std::int64_t size(std::int64_t points) const { return points * point(); }
 };
 
