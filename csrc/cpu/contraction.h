@@ -237,15 +237,28 @@ void pack(const Stored* from, std::int64_t step, std::int64_t place_stride, std:
     for (std::int64_t v = 0; v < width; v += lanes<S>)
       for (std::int64_t block = 0; block < places; block += lanes<S>) {
         // The last block may overlap the one before it.
-        const std::int64_t t = max_of(0, min_of(block, places - lanes<S>));
+        const std::int64_t t = max_of(0, min_of(block, places - lanes<S>)), some = min_of(lanes<S>, places - t);
+        const Stored* const at = from + v * step + t;
         Vector<S> values[lanes<S>];
-        for (int i = 0; i < lanes<S>; ++i) {
-          const std::int64_t channel = min_of(v + i, count - 1);
-          values[i] = load_some(from + channel * step + t, (count - 1 - channel) * step + places - t);
-          if (square) values[i] *= values[i];
+        if (v + lanes<S> <= count && some == lanes<S>) {
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes<S>; ++i) values[i] = load(at + i * step);
+        } else {
+          for (int i = 0; i < lanes<S>; ++i) {
+            const std::int64_t channel = min_of(v + i, count - 1);
+            values[i] = load_some(from + channel * step + t, (count - 1 - channel) * step + places - t);
+          }
         }
+        if (square)
+          for (int i = 0; i < lanes<S>; ++i) values[i] *= values[i];
         transpose<S>(values);
-        for (std::int64_t i = 0; i < min_of(lanes<S>, places - t); ++i) store<S>(values[i], to + (t + i) * width + v);
+        S* const packed = to + t * width + v;
+        if (some == lanes<S>) {
+#pragma GCC unroll 16
+          for (int i = 0; i < lanes<S>; ++i) store<S>(values[i], packed + i * width);
+        } else {
+          for (std::int64_t i = 0; i < some; ++i) store<S>(values[i], packed + i * width);
+        }
       }
     return;
   }

@@ -233,6 +233,7 @@ LIMPET_FORMULA void exchange(Vector<S>& a, Vector<S>& b, std::integer_sequence<i
 // Transposes lanes vectors of lanes values.
 template <class S, int half = lanes<S> / 2>
 LIMPET_FORMULA void transpose(Vector<S>* square) {
+#pragma GCC unroll 16
   for (int i = 0; i < lanes<S>; ++i)
     if (!(i & half)) exchange<S, half>(square[i], square[i + half], std::make_integer_sequence<int, lanes<S>>{});
   if constexpr (half > 1) transpose<S, half / 2>(square);
