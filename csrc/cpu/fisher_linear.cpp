@@ -172,9 +172,14 @@ class Contraction {
       const Panels run = rows.part(job % runs, runs);
       pack_rows(chunk, run, shared_panels(job / runs) + (run.first - rows.first) * chunk.samples * chunk.places * kMR);
     });
-    const std::int64_t parts = this->parts(column_panels, 1, rows.count());
-    parallel_for(threads, column_panels * parts, [&](std::int64_t job, int worker) {
-      const Panels column{job / parts, job / parts + 1}, part = rows.part(job % parts, parts);
+    // Each job packs its panel of columns: only those are cut that would leave threads idle.
+    const std::int64_t cut = column_panels % threads, whole = column_panels - cut;
+    const std::int64_t parts =
+        whole || !cut ? min_of(rows.count(), ceil_div(threads, max_of(1, cut))) : this->parts(cut, 1, rows.count());
+    parallel_for(threads, whole + cut * parts, [&](std::int64_t job, int worker) {
+      const bool is_cut = job >= whole;
+      const std::int64_t q = is_cut ? whole + (job - whole) / parts : job;
+      const Panels column{q, q + 1}, part = is_cut ? rows.part((job - whole) % parts, parts) : rows;
       for (std::int64_t slot = 0; slot < slots; ++slot) {
         const Chunk chunk(shape, chunk0 + slot);
         pack_columns(chunk, column.first, own_panels(worker));
