@@ -27,7 +27,7 @@ def wanted(d, x, mean, factor):
 @settings(max_examples=60)
 def test_any_shape(dtype, data):
     draw = data.draw
-    shape = [draw(st.integers(0, 5)), draw(st.integers(1, 20)), *draw(st.lists(st.integers(0, 13), max_size=3))]
+    shape = [draw(st.integers(0, 5)), draw(st.integers(1, 40)), *draw(st.lists(st.integers(0, 13), max_size=3))]
     d, x = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     if draw(st.booleans()):
         d, x = d.transpose(0, 1).contiguous().transpose(0, 1), x.flip(0).flip(0)
@@ -40,10 +40,18 @@ def test_any_shape(dtype, data):
     assert torch.equal(of_bias, batch_norm_grads(d, x, mean, factor)[2])
 
 
-def test_threads_do_not_change_a_bit():
-    d, x, (mean, factor) = torch.randn(9, 33, 20, 21), torch.randn(9, 33, 20, 21), torch.randn(2, 33)
+def test_without_places():
+    d, (mean, factor) = torch.randn(2, 40, 0, 3), torch.randn(2, 40)
+    dx, *sums = batch_norm_grads(d, torch.randn(2, 40, 0, 3), mean, factor)
+    assert dx.shape == d.shape
+    assert all(torch.equal(each, torch.zeros(2, 40)) for each in sums)
+
+
+@pytest.mark.parametrize("places", [(20, 21), (4, 4), (4, 5), (2, 3)])
+def test_threads_do_not_change_a_bit(places):
+    d, x, (mean, factor) = torch.randn(90, 133, *places), torch.randn(90, 133, *places), torch.randn(2, 133)
     results = []
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
         results.append(batch_norm_grads(d, x, mean, factor))
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))

@@ -239,6 +239,18 @@ LIMPET_FORMULA void transpose(Vector<S>* square) {
   if constexpr (half > 1) transpose<S, half / 2>(square);
 }
 
+// The sums of the lanes of lanes vectors, each as sum_lanes gives it.
+template <class S, int half = lanes<S> / 2>
+LIMPET_FORMULA Vector<S> sums_of_lanes(Vector<S>* v) {
+#pragma GCC unroll 8
+  for (int i = 0; i < half; ++i) {
+    exchange<S, half>(v[i], v[i + half], std::make_integer_sequence<int, lanes<S>>{});
+    v[i] += v[i + half];
+  }
+  if constexpr (half > 1) sums_of_lanes<S, half / 2>(v);
+  return v[0];
+}
+
 // Calls body(Stored{}) with the type that `dtype` stores.
 template <class Body>
 LIMPET_FORMULA void dispatch(Dtype dtype, const Body& body) {
