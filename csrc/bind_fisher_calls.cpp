@@ -105,14 +105,13 @@ struct EarlierCall {
 // What all recorders have in common.
 struct CallFilter {
   py::type tensor;
-  py::object classify;      // a function's kind
-  py::object apply;         // (input, anchor, (call, key, receiver)) -> output
-  py::object autocasts;     // (device type) -> whether autocast is on
-  py::object grad_enabled;  // () -> whether autograd is on
-  py::object alias;         // (tensor, shape) -> the same memory as a tensor that is no view
-  py::object edge;          // (node, output number) -> where autograd can give a gradient
-  py::object add;           // (weight's sum, bias's sum or None, output gradient, input, threads) -> whether it could
-  py::dict kinds{};         // of the functions seen so far
+  py::object classify;   // a function's kind
+  py::object apply;      // (input, anchor, (call, key, receiver)) -> output
+  py::object autocasts;  // (device type) -> whether autocast is on
+  py::object alias;      // (tensor, shape) -> the same memory as a tensor that is no view
+  py::object edge;       // (node, output number) -> where autograd can give a gradient
+  py::object add;        // (weight's sum, bias's sum or None, output gradient, input, threads) -> whether it could
+  py::dict kinds{};      // of the functions seen so far
 
   Kind kind(PyObject* function) const {
     PyObject* const known = PyDict_GetItemWithError(kinds.ptr(), function);
@@ -310,6 +309,10 @@ py::list standing(const py::object& model, const py::tuple& may_be_refused) {
   static PyObject* const of_refused[] = {interned("p"), interned("max_norm")};
   static PyObject* const of_parameter[] = {interned("requires_grad"), interned("dtype"), interned("device"),
                                            interned("shape")};
+  const auto values = [](PyObject* module, PyObject* name) {
+    static PyObject* const method = interned("values");
+    return py::list(owned(PyObject_CallMethodNoArgs(attribute(module, name).ptr(), method)));
+  };
   py::list found;
   std::vector<py::object> modules{model};
   std::unordered_set<PyObject*> seen{model.ptr()};
@@ -322,12 +325,12 @@ py::list standing(const py::object& model, const py::tuple& may_be_refused) {
       const py::object mean = modules[n].attr("_buffers").attr("get")("running_mean");
       append_id(found, mean.ptr());
     }
-    for (const auto& [name, p] : attribute(module, parameters).cast<py::dict>()) {
+    for (const py::handle& p : values(module, parameters)) {
       if (p.is_none()) continue;
       append_id(found, p.ptr());
       for (PyObject* const asked : of_parameter) found.append(attribute(p.ptr(), asked));
     }
-    for (const auto& [name, inner] : attribute(module, modules_name).cast<py::dict>())
+    for (const py::handle& inner : values(module, modules_name))
       if (!inner.is_none() && seen.insert(inner.ptr()).second)
         modules.push_back(py::reinterpret_borrow<py::object>(inner));
   }
@@ -348,10 +351,10 @@ void bind_fisher_calls(py::module_& m) {
       .def(py::init<py::object, py::tuple, py::dict, const py::object&, py::tuple>())
       .def("add_to", &EarlierCall::add_to);
   py::class_<CallFilter>(m, "CallFilter")
-      .def(py::init([](py::type tensor, py::object classify, py::object apply, py::object autocasts,
-                       py::object grad_enabled, py::object alias, py::object edge, py::object add) {
-        return CallFilter{std::move(tensor),       std::move(classify), std::move(apply), std::move(autocasts),
-                          std::move(grad_enabled), std::move(alias),    std::move(edge),  std::move(add)};
+      .def(py::init([](py::type tensor, py::object classify, py::object apply, py::object autocasts, py::object alias,
+                       py::object edge, py::object add) {
+        return CallFilter{std::move(tensor), std::move(classify), std::move(apply), std::move(autocasts),
+                          std::move(alias),  std::move(edge),     std::move(add)};
       }));
   py::class_<CallTaker>(m, "CallTaker")
       .def(py::init<const CallFilter&, py::handle, py::object, py::dict, py::list, py::list, py::list, py::dict,

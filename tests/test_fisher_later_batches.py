@@ -335,3 +335,37 @@ def test_what_is_surely_the_same() -> None:
     assert not _fisher_launch.surely_same(state, other)
     assert not _fisher_launch.surely_same(state, state[1:])
     assert not _fisher_launch.surely_same(state, state.to(torch.int16))
+
+
+def test_a_scripted_model():
+    """Its modules' collections are no dicts, and none of its functions is seen."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    batches = [(torch.randn(6, 4), torch.randint(3, (6,))) for _ in range(3)]
+    accumulator = limpet.FisherAccumulator(torch.jit.script(model))
+    for batch in batches:
+        accumulator.add(batch)
+    assert_fisher(accumulator.fisher(), one_by_one(model, batches), 1e-5)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_first_layer_with_and_without_a_graph(added: list[int], enabled: bool):
+    """The value of a first layer is no leaf: it may be changed in place, and has no graph under no_grad."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.set_grad_enabled(enabled):
+                h = self.first(x)
+            assert h.requires_grad == enabled
+            return self.second(h.mul_(2.0).relu_())
+
+    model = Model()
+    batches = [(torch.randn(BATCH, 4), torch.randint(3, (BATCH,))) for _ in range(3)]
+    accumulator = limpet.FisherAccumulator(model)
+    for batch in batches:
+        accumulator.add(batch)
+    assert added == [1 + enabled] * 2
+    assert_fisher(accumulator.fisher(), one_by_one(model, batches), 1e-5)

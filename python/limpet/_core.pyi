@@ -364,7 +364,6 @@ class CallFilter:
         classify: Callable[[Any], int],
         apply: Callable[..., Tensor],
         autocasts: Callable[[str], bool],
-        grad_enabled: Callable[[], bool],
         alias: Callable[..., Tensor],
         edge: Callable[..., object],
         add: Callable[..., bool],

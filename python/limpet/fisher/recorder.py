@@ -264,7 +264,6 @@ def _filter() -> _core.CallFilter:
         _kind,
         _Recorded.apply,
         torch.is_autocast_enabled,
-        torch.is_grad_enabled,
         torch.ops.aten._unsafe_view.default,
         GradientEdge,
         add_plain_linear,
