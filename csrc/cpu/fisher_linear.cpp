@@ -175,7 +175,7 @@ class Contraction {
     // Each job packs its panel of columns: only those are cut that would leave threads idle.
     const std::int64_t cut = column_panels % threads, whole = column_panels - cut;
     const std::int64_t parts =
-        whole || !cut ? min_of(rows.count(), ceil_div(threads, max_of(1, cut))) : this->parts(cut, 1, rows.count());
+        whole ? min_of(rows.count(), ceil_div(threads, max_of(1, cut))) : this->parts(cut, 1, rows.count());
     parallel_for(threads, whole + cut * parts, [&](std::int64_t job, int worker) {
       const bool is_cut = job >= whole;
       const std::int64_t q = is_cut ? whole + (job - whole) / parts : job;
