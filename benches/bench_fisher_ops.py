@@ -31,7 +31,7 @@ def test_linear(shape, compare, in_earnest):
 CONV = [(32, 64, 64, 32, 1), (32, 128, 128, 16, 1), (32, 256, 256, 8, 1), (32, 512, 512, 4, 1), (32, 64, 128, 32, 2)]
 
 
-@pytest.mark.parametrize("case", CONV, ids=str)
+@pytest.mark.parametrize("case", [*CONV, (32, 512, 512, 7, 1)], ids=str)
 def test_conv(case, compare):
     samples, channels, out_channels, size, stride = case
     x, weight = torch.randn(samples, channels, size, size), torch.randn(out_channels, channels, 3, 3)
